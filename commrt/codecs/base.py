@@ -1,0 +1,64 @@
+"""What the collectives ask of a codec."""
+
+import abc
+import hashlib
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Window(NamedTuple):
+    """Blocks ``[first_block, first_block + num_blocks)`` of a tensor, ``at_block`` of a payload."""
+
+    first_block: int
+    num_blocks: int
+    at_block: int
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) for stochastic rounding, the same for the same parts on any machine."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Codec(abc.ABC):
+    """Turns blocks of flat tensors into payloads and back.
+
+    Codecs are immutable and hold no state: an encoder with memory keeps it in the residual that its
+    caller passes in, so the caller decides what a residual belongs to and saves it.
+    """
+
+    block: int
+    """Elements in a block."""
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> str:
+        """The canonical spec string: ``parse(codec.spec) == codec``."""
+
+    @abc.abstractmethod
+    def payload_bytes(self, num_blocks: int) -> int:
+        """Exact size of a payload of ``num_blocks`` blocks."""
+
+    @abc.abstractmethod
+    def encode(
+        self, flat: Tensor, payload: Tensor, window: Window, *, residual: Tensor | None, seed: int
+    ) -> None:
+        """Encode a window of ``flat`` into ``payload`` (uint8) and update ``residual``, if any."""
+
+    @abc.abstractmethod
+    def decode(self, payload: Tensor, flat: Tensor, window: Window) -> None:
+        """Decode a window of ``payload`` into ``flat``."""
+
+    @abc.abstractmethod
+    def encode_average(self, payloads: Tensor, source: "Codec", output: Tensor) -> None:
+        """Average the rows of ``payloads`` (R, bytes) of codec ``source`` and encode the mean."""
+
+    def num_blocks(self, numel: int) -> int:
+        """Blocks that ``numel`` elements fill, the last perhaps in part."""
+        return -(-numel // self.block)
+
+    def residual_bytes(self, numel: int) -> int:
+        """Size of the residual of a tensor of ``numel`` elements; 0 for a codec without memory."""
+        del numel
+        return 0

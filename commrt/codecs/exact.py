@@ -1,0 +1,56 @@
+"""No compression: ``"none"``. As a return leg it carries the fp32 mean."""
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from commrt import ops
+from commrt.codecs.base import Codec, Window
+from commrt.codecs.block import DEFAULT_BLOCK, BlockCodec
+
+FLOAT_BYTES = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExactCodec(Codec):
+    """Payloads are fp32 values; ``block`` only says in what units tensors are cut into shards."""
+
+    block: int = DEFAULT_BLOCK
+
+    @property
+    def spec(self) -> str:
+        """See :class:`Codec`."""
+        return "none"
+
+    def payload_bytes(self, num_blocks: int) -> int:
+        """See :class:`Codec`."""
+        return num_blocks * self.block * FLOAT_BYTES
+
+    def encode(
+        self, flat: Tensor, payload: Tensor, window: Window, *, residual: Tensor | None, seed: int
+    ) -> None:
+        """See :class:`Codec`; there is no residual. The padding of the last block is zero."""
+        del residual, seed
+        values = self._values(payload, window)
+        part = self._part(flat, window)
+        values[: part.numel()].copy_(part)
+        values[part.numel() :].zero_()
+
+    def decode(self, payload: Tensor, flat: Tensor, window: Window) -> None:
+        """See :class:`Codec`."""
+        part = self._part(flat, window)
+        part.copy_(self._values(payload, window)[: part.numel()])
+
+    def encode_average(self, payloads: Tensor, source: Codec, output: Tensor) -> None:
+        """See :class:`Codec`. ``source`` is a block codec."""
+        assert isinstance(source, BlockCodec)
+        ops.decode_average(payloads, output.view(torch.float32), source.fmt)
+
+    def _values(self, payload: Tensor, window: Window) -> Tensor:
+        first = window.at_block * self.block
+        return payload.view(torch.float32)[first : first + window.num_blocks * self.block]
+
+    def _part(self, flat: Tensor, window: Window) -> Tensor:
+        first = window.first_block * self.block
+        return flat[first : first + window.num_blocks * self.block]

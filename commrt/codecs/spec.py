@@ -1,0 +1,69 @@
+"""Spec strings: ``name[:key=value,...]``, what users type instead of constructing codecs."""
+
+import dataclasses
+import re
+
+from commrt.codecs.base import Codec
+from commrt.codecs.block import BlockCodec
+from commrt.codecs.exact import ExactCodec
+from commrt.codecs.loco import LocoCodec
+from commrt.errors import ConfigError
+from commrt.ops.format import BITS
+
+_FAMILIES: dict[str, type[BlockCodec]] = {"block": BlockCodec, "loco": LocoCodec}
+_EXAMPLES = "'loco4', 'loco4:block=128,beta=0.9', 'block8' or 'none'"
+
+
+def parse(spec: str | Codec) -> Codec:
+    """The codec that a spec string names; a codec is returned as it is.
+
+    Args:
+        spec: ``"none"``, or ``loco`` or ``block`` followed by the bits (1, 2, 4, 8), then options
+            ``key=value`` after a colon, separated by commas: ``block``, ``levels``, ``rounding``;
+            for LoCo also ``beta``, ``residual``, ``reset``.
+
+    Raises:
+        ConfigError: For an unknown name, option or value; says what is allowed.
+    """
+    if isinstance(spec, Codec):
+        return spec
+    if not isinstance(spec, str):
+        raise ConfigError(f"codec={spec!r}: must be a spec string such as {_EXAMPLES}, or a Codec")
+    if spec == "none":
+        return ExactCodec()
+    match = re.fullmatch(r"([a-z]+)(\d+)(?::(.*))?", spec)
+    family = _FAMILIES.get(match[1]) if match else None
+    if match is None or family is None:
+        raise ConfigError(f"codec={spec!r}: must be a spec such as {_EXAMPLES}")
+    bits = int(match[2])
+    if bits not in BITS:
+        raise ConfigError(f"codec={spec!r} has {bits} bits: must be one of {BITS}")
+    return family(bits=bits, **_options(spec, family, match[3]))
+
+
+def with_block(spec: str | Codec, block: int) -> Codec:
+    """As :func:`parse`, with ``block`` where the spec string leaves the block size open."""
+    if isinstance(spec, str):
+        if spec == "none":
+            return ExactCodec(block=block)
+        name, _, options = spec.partition(":")
+        if "block=" not in options:
+            spec = f"{name}:" + ",".join(filter(None, [options, f"block={block}"]))
+    return parse(spec)
+
+
+def _options(spec: str, family: type[BlockCodec], text: str | None) -> dict[str, int | float | str]:
+    types = {field.name: field.type for field in dataclasses.fields(family) if field.init}
+    del types["bits"]
+    options: dict[str, int | float | str] = {}
+    for part in text.split(",") if text else []:
+        key, _, value = part.partition("=")
+        if key not in types:
+            raise ConfigError(f"codec={spec!r} has option {key!r}: must be one of {sorted(types)}")
+        convert = types[key]
+        assert callable(convert)
+        try:
+            options[key] = convert(value)
+        except ValueError as error:
+            raise ConfigError(f"codec={spec!r}: {key}={value!r} is not a number") from error
+    return options

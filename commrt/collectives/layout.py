@@ -1,0 +1,73 @@
+"""How a list of tensors is cut into one shard a rank, in whole blocks.
+
+Blocks begin anew at each tensor, so a block never mixes two parameters and the result does not
+depend on how DDP happens to bucket them.
+"""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from commrt.codecs import Codec, Window
+
+ALIGNMENT = 16  # bytes; payloads of different shards begin on a vector boundary
+
+
+class Piece(NamedTuple):
+    """A window of one tensor that belongs to a shard."""
+
+    tensor: int
+    window: Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Shards of a list of tensors.
+
+    Attributes:
+        shards: For each rank, its pieces in payload order.
+    """
+
+    shards: tuple[tuple[Piece, ...], ...]
+
+    def num_blocks(self, rank: int) -> int:
+        """Blocks in one rank's shard."""
+        return sum(piece.window.num_blocks for piece in self.shards[rank])
+
+    def payload_bytes(self, codec: Codec, rank: int) -> int:
+        """Exact payload size of one rank's shard."""
+        return codec.payload_bytes(self.num_blocks(rank))
+
+    def slot_bytes(self, codec: Codec, rank: int) -> int:
+        """What the payload takes in a buffer: its size, rounded up to the alignment."""
+        return -(-self.payload_bytes(codec, rank) // ALIGNMENT) * ALIGNMENT
+
+
+@functools.lru_cache(maxsize=1024)
+def balanced(numels: tuple[int, ...], block: int, world_size: int) -> Layout:
+    """Shards of equal size, to one block, over all tensors together."""
+    counts = [-(-numel // block) for numel in numels]
+    begins = [0, *itertools.accumulate(counts)]
+    total = begins[-1]
+    cuts = [total * rank // world_size for rank in range(world_size + 1)]
+    shards = []
+    for low, high in itertools.pairwise(cuts):
+        pieces = []
+        for tensor, (begin, end) in enumerate(itertools.pairwise(begins)):
+            first, last = max(begin, low), min(end, high)
+            if first < last:
+                pieces.append(Piece(tensor, Window(first - begin, last - first, first - low)))
+        shards.append(tuple(pieces))
+    return Layout(tuple(shards))
+
+
+def one_each(numels: Sequence[int], block: int) -> Layout:
+    """Tensor r is the shard of rank r, whatever its size."""
+    return Layout(
+        tuple(
+            (Piece(rank, Window(0, -(-numel // block), 0)),) if numel else ()
+            for rank, numel in enumerate(numels)
+        )
+    )

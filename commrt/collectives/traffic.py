@@ -1,0 +1,38 @@
+"""What a collective sent, counted from the buffers it handed to the process group."""
+
+import dataclasses
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Bytes this rank sent to other ranks, and where the time went.
+
+    Attributes:
+        reduce_bytes: On the reduce-scatter leg: payloads to their owners.
+        gather_bytes: On the gather leg: the mean, coded again, back to everybody.
+        exact_bytes: By uncompressed all-reduces, as a ring all-reduce moves them.
+        codec_s: Seconds spent encoding, averaging and decoding.
+        network_s: Seconds spent inside the process group.
+    """
+
+    reduce_bytes: int = 0
+    gather_bytes: int = 0
+    exact_bytes: int = 0
+    codec_s: float = 0.0
+    network_s: float = 0.0
+
+    @property
+    def wire_bytes(self) -> int:
+        """All bytes sent."""
+        return self.reduce_bytes + self.gather_bytes + self.exact_bytes
+
+    def add(self, other: "Traffic") -> None:
+        """Add another count to this one."""
+        for field in dataclasses.fields(self):
+            total = getattr(self, field.name) + getattr(other, field.name)
+            setattr(self, field.name, total)
+
+
+def ring_all_reduce_bytes(num_bytes: int, world_size: int) -> int:
+    """Bytes each rank sends in a ring all-reduce of ``num_bytes``."""
+    return 2 * num_bytes * (world_size - 1) // world_size

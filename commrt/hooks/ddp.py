@@ -1,0 +1,78 @@
+"""DistributedDataParallel: the hook, and attaching it."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from commrt.codecs import Codec
+from commrt.errors import ConfigError
+from commrt.hooks.comm import Comm
+
+
+def attach(
+    model: DistributedDataParallel,
+    codec: str | Codec = "loco4",
+    gather: str | Codec | None = None,
+    *,
+    min_numel: int = 1024,
+    group: dist.ProcessGroup | None = None,
+    seed: int = 0,
+) -> Comm:
+    """Send a DDP model's gradients at low bits, error-compensated.
+
+    The default sends 4-bit LoCo codes and returns the mean at 8 bits: about 5 times fewer bytes than
+    fp32. Residuals are kept by parameter name, so DDP may rebuild its buckets.
+
+    Args:
+        model: Wrapped in ``DistributedDataParallel``, without a communication hook.
+        codec: Spec string or codec of the reduce leg, see :func:`commrt.parse`.
+        gather: Of the return leg: ``"block8"`` (default), another block codec, or ``"none"`` (fp32).
+        min_numel: Parameters with fewer elements travel uncompressed, as do those with fewer than
+            two dimensions.
+        group: Default: the model's own process group.
+        seed: Of stochastic rounding, where a codec uses it.
+
+    Returns:
+        The :class:`Comm` of the model: ``state_dict``, ``load_state_dict``, ``stats``, ``report``,
+        ``detach``.
+
+    Raises:
+        ConfigError: For a model that is not DDP or has a hook, or a bad codec; before any
+            communication.
+        PeerMismatchError: On every rank, if ranks have attached different settings.
+
+    Ranks: all ranks of the group, at the same point of the program.
+
+    Cost: memory of 1.02 bytes a parameter for the residual and less than one bucket for payloads.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        raise ConfigError(
+            f"model is a {type(model).__name__}: must be a DistributedDataParallel; "
+            "attach after wrapping"
+        )
+    comm = Comm(codec, gather, min_numel, group or model.process_group, seed)
+    try:
+        model.register_comm_hook(comm, ddp_hook)
+    except RuntimeError as error:
+        raise ConfigError(
+            "model has a communication hook already: DDP takes one, wrap the model anew"
+        ) from error
+    comm.bind(model.module.named_parameters())
+    comm.start(model.device or next(model.parameters()).device)
+    return comm
+
+
+def ddp_hook(state: Comm, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """The hook itself, for ``model.register_comm_hook(commrt.Comm("loco4"), commrt.ddp_hook)``.
+
+    Returns a future of the averaged bucket at once; the work is done in the order of the buckets,
+    beside backward.
+    """
+    buffer = bucket.buffer()
+    first = buffer.storage_offset()
+    parts = []
+    for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+        begin = gradient.storage_offset() - first
+        parts.append((parameter, buffer[begin : begin + gradient.numel()]))
+    return state.average(buffer, parts, bucket.is_last())

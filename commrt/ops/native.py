@@ -1,0 +1,188 @@
+"""Loads the native module and registers its kernels with torch.
+
+Every op is a ``torch.ops.commrt`` operator whose default kernel is :mod:`commrt.ops.reference`; on
+CPU tensors the native kernel replaces it. The operators take plain integers and tensors, mutate
+their output in place, and can be traced.
+"""
+
+import os
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from commrt.ops import reference
+
+_DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_SCHEMAS = (
+    "block_encode(Tensor input, Tensor(a!) payload, int bits, int block, bool mean_levels, "
+    "int? seed, int first_block, int num_blocks, int at_block) -> ()",
+    "block_decode(Tensor payload, Tensor(a!) output, int bits, int block, int first_block, "
+    "int num_blocks, int at_block) -> ()",
+    "loco_encode(Tensor grad, Tensor(a!) residual, Tensor(b!) payload, int bits, int block, "
+    "bool mean_levels, float beta, int residual_bits, bool stochastic, int seed, int first_block, "
+    "int num_blocks, int at_block) -> ()",
+    "decode_average(Tensor payloads, Tensor(a!) output, int bits, int block, int first_block, "
+    "int num_blocks) -> ()",
+    "decode_average_encode(Tensor payloads, Tensor(a!) output, int bits, int block, "
+    "int output_bits, bool output_mean_levels, int num_blocks) -> ()",
+)
+
+
+def _load() -> tuple[ModuleType | None, str]:
+    """The native module, or None and the reason."""
+    if os.environ.get("COMMRT_NATIVE", "1") == "0":
+        return None, "COMMRT_NATIVE=0"
+    try:
+        from commrt import _C
+    except ImportError as error:
+        return None, f"commrt._C could not be imported ({error})"
+    isa = os.environ.get("COMMRT_ISA")
+    if isa and not _C.select_isa(isa):
+        allowed = ", ".join(_C.available_isas())
+        raise ValueError(f"COMMRT_ISA={isa!r}: this machine and build have {allowed}")
+    return _C, ""
+
+
+native, missing_reason = _load()
+if native is None:
+    warnings.warn(
+        f"commrt runs on its slow torch reference ops: {missing_reason}. "
+        "Install a C++ compiler and reinstall commrt to get the native ones.",
+        stacklevel=2,
+    )
+
+
+def status() -> str:
+    """Which kernels serve CPU tensors, for reports: ``"native avx512"`` or the reason for none."""
+    if native is None:
+        return f"reference ({missing_reason})"
+    return f"native {native.active_isa()}"
+
+
+def _window(native: ModuleType, flat: Tensor, block: int, first_block: int) -> object:
+    first = first_block * block
+    address = flat.data_ptr() + first * flat.element_size()
+    return native.Window(address, _DTYPE_CODE[flat.dtype], flat.numel() - first, first)
+
+
+def _register_native(library: torch.library.Library, native: ModuleType) -> None:
+    def payload(data: Tensor, bits: int, block: int, at_block: int) -> object:
+        return native.Payload(data.data_ptr(), data.numel() // (block * bits // 8 + 2), at_block)
+
+    def block_encode(
+        input: Tensor,
+        output: Tensor,
+        bits: int,
+        block: int,
+        mean_levels: bool,
+        seed: int | None,
+        first_block: int,
+        num_blocks: int,
+        at_block: int,
+    ) -> None:
+        native.block_encode(
+            _window(native, input, block, first_block),
+            payload(output, bits, block, at_block),
+            native.BlockFormat(bits, block, mean_levels),
+            native.Rounding(seed is not None, seed or 0),
+            num_blocks,
+            torch.get_num_threads(),
+        )
+
+    def block_decode(
+        data: Tensor,
+        output: Tensor,
+        bits: int,
+        block: int,
+        first_block: int,
+        num_blocks: int,
+        at_block: int,
+    ) -> None:
+        native.block_decode(
+            payload(data, bits, block, at_block),
+            _window(native, output, block, first_block),
+            native.BlockFormat(bits, block, False),
+            num_blocks,
+            torch.get_num_threads(),
+        )
+
+    def loco_encode(
+        grad: Tensor,
+        residual: Tensor,
+        output: Tensor,
+        bits: int,
+        block: int,
+        mean_levels: bool,
+        beta: float,
+        residual_bits: int,
+        stochastic: bool,
+        seed: int,
+        first_block: int,
+        num_blocks: int,
+        at_block: int,
+    ) -> None:
+        native.loco_encode(
+            _window(native, grad, block, first_block),
+            payload(residual, residual_bits, block, first_block),
+            payload(output, bits, block, at_block),
+            native.BlockFormat(bits, block, mean_levels),
+            native.Rounding(stochastic, seed),
+            beta,
+            residual_bits,
+            num_blocks,
+            torch.get_num_threads(),
+        )
+
+    def decode_average(
+        payloads: Tensor, output: Tensor, bits: int, block: int, first_block: int, num_blocks: int
+    ) -> None:
+        native.decode_average(
+            native.Payload(payloads.data_ptr(), num_blocks, 0),
+            payloads.stride(0),
+            payloads.shape[0],
+            _window(native, output, block, first_block),
+            native.BlockFormat(bits, block, False),
+            num_blocks,
+            torch.get_num_threads(),
+        )
+
+    def decode_average_encode(
+        payloads: Tensor,
+        output: Tensor,
+        bits: int,
+        block: int,
+        output_bits: int,
+        output_mean_levels: bool,
+        num_blocks: int,
+    ) -> None:
+        native.decode_average_encode(
+            native.Payload(payloads.data_ptr(), num_blocks, 0),
+            payloads.stride(0),
+            payloads.shape[0],
+            native.BlockFormat(bits, block, False),
+            payload(output, output_bits, block, 0),
+            native.BlockFormat(output_bits, block, output_mean_levels),
+            num_blocks,
+            torch.get_num_threads(),
+        )
+
+    kernels = (block_encode, block_decode, loco_encode, decode_average, decode_average_encode)
+    for kernel in kernels:
+        library.impl(kernel.__name__, kernel, "CPU")
+
+
+def _register() -> torch.library.Library:
+    library = torch.library.Library("commrt", "DEF")
+    for schema in _SCHEMAS:
+        name = library.define(schema)
+        library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"commrt::{name}", lambda *args: None, lib=library)
+    if native is not None:
+        _register_native(library, native)
+    return library
+
+
+_library = _register()

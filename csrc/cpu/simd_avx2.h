@@ -1,0 +1,248 @@
+// AVX2, FMA, F16C: two registers of eight lanes.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstring>
+
+namespace commrt::COMMRT_ISA {
+
+struct Vf {
+  __m256 low, high;
+};
+struct Vu {
+  __m256i low, high;
+};
+
+COMMRT_INLINE Vf broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+COMMRT_INLINE Vf add(Vf a, Vf b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
+COMMRT_INLINE Vf sub(Vf a, Vf b) {
+  return {_mm256_sub_ps(a.low, b.low), _mm256_sub_ps(a.high, b.high)};
+}
+COMMRT_INLINE Vf mul(Vf a, Vf b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+COMMRT_INLINE Vf exact_fma(Vf a, Vf b, Vf c) {
+  return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
+}
+COMMRT_INLINE Vf exact_fnma(Vf a, Vf b, Vf c) {
+  return {_mm256_fnmadd_ps(a.low, b.low, c.low), _mm256_fnmadd_ps(a.high, b.high, c.high)};
+}
+COMMRT_INLINE Vf clamp(Vf x, float limit) {
+  const __m256 top = _mm256_set1_ps(limit), bottom = _mm256_set1_ps(-limit);
+  return {_mm256_max_ps(_mm256_min_ps(x.low, top), bottom),
+          _mm256_max_ps(_mm256_min_ps(x.high, top), bottom)};
+}
+COMMRT_INLINE Vf round_even(Vf x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.low, mode), _mm256_round_ps(x.high, mode)};
+}
+COMMRT_INLINE Vf floor(Vf x) { return {_mm256_floor_ps(x.low), _mm256_floor_ps(x.high)}; }
+COMMRT_INLINE Vu abs_bits(Vf x) {
+  const __m256i mask = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_and_si256(_mm256_castps_si256(x.low), mask),
+          _mm256_and_si256(_mm256_castps_si256(x.high), mask)};
+}
+COMMRT_INLINE Vf as_floats(Vu x) {
+  return {_mm256_castsi256_ps(x.low), _mm256_castsi256_ps(x.high)};
+}
+COMMRT_INLINE Vu zero_words() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+COMMRT_INLINE Vu max_words(Vu a, Vu b) {
+  return {_mm256_max_epu32(a.low, b.low), _mm256_max_epu32(a.high, b.high)};
+}
+COMMRT_INLINE float sum_lanes(Vf x) {
+  const __m256 eight = _mm256_add_ps(x.low, x.high);
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+COMMRT_INLINE std::uint32_t max_lanes(Vu x) {
+  const __m256i eight = _mm256_max_epu32(x.low, x.high);
+  const __m128i four =
+      _mm_max_epu32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+  const __m128i two = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x0e));
+  return static_cast<std::uint32_t>(
+      _mm_cvtsi128_si32(_mm_max_epu32(two, _mm_shuffle_epi32(two, 0x01))));
+}
+COMMRT_INLINE Vf where_greater(Vf x, Vf threshold, Vf value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.low, threshold.low, _CMP_GT_OQ), value.low),
+          _mm256_and_ps(_mm256_cmp_ps(x.high, threshold.high, _CMP_GT_OQ), value.high)};
+}
+COMMRT_INLINE __m256 sign_of_half(__m256 x) {
+  const __m256 negative = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ);
+  return _mm256_blendv_ps(_mm256_set1_ps(1.0f), _mm256_set1_ps(-1.0f), negative);
+}
+COMMRT_INLINE Vf sign_of(Vf x) { return {sign_of_half(x.low), sign_of_half(x.high)}; }
+
+template <DType dtype>
+COMMRT_INLINE __m256 load_eight(const void* from) {
+  if constexpr (dtype == DType::kFloat32) {
+    return _mm256_loadu_ps(static_cast<const float*>(from));
+  } else {
+    const __m128i half = _mm_loadu_si128(static_cast<const __m128i*>(from));
+    if constexpr (dtype == DType::kFloat16) return _mm256_cvtph_ps(half);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+  }
+}
+template <DType dtype>
+COMMRT_INLINE Vf load(const void* from) {
+  const auto* bytes = static_cast<const std::uint8_t*>(from);
+  return {load_eight<dtype>(bytes), load_eight<dtype>(bytes + (dtype == DType::kFloat32 ? 32 : 16))};
+}
+// Eight lanes to eight halves; round to nearest even, NaN becomes the canonical quiet NaN.
+template <DType dtype>
+COMMRT_INLINE __m128i to_half(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  __m256i half;
+  if constexpr (dtype == DType::kFloat16) {
+    half = _mm256_cvtepu16_epi32(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+    const __m256i sign = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x8000));
+    const __m256i quiet = _mm256_or_si256(sign, _mm256_set1_epi32(0x7e00));
+    half = _mm256_blendv_epi8(half, quiet, is_nan);
+  } else {
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bias = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+    half = _mm256_srli_epi32(_mm256_add_epi32(bits, bias), 16);
+    half = _mm256_blendv_epi8(half, _mm256_set1_epi32(0x7fc0), is_nan);
+  }
+  return _mm_packus_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+template <DType dtype>
+COMMRT_INLINE void store(void* to, Vf x) {
+  if constexpr (dtype == DType::kFloat32) {
+    _mm256_storeu_ps(static_cast<float*>(to), x.low);
+    _mm256_storeu_ps(static_cast<float*>(to) + 8, x.high);
+  } else {
+    _mm_storeu_si128(static_cast<__m128i*>(to), to_half<dtype>(x.low));
+    _mm_storeu_si128(static_cast<__m128i*>(to) + 1, to_half<dtype>(x.high));
+  }
+}
+// `to` is aligned to the sixteen elements.
+template <DType dtype>
+COMMRT_INLINE void stream(void* to, Vf x) {
+  if constexpr (dtype == DType::kFloat32) {
+    _mm256_stream_ps(static_cast<float*>(to), x.low);
+    _mm256_stream_ps(static_cast<float*>(to) + 8, x.high);
+  } else {
+    _mm_stream_si128(static_cast<__m128i*>(to), to_half<dtype>(x.low));
+    _mm_stream_si128(static_cast<__m128i*>(to) + 1, to_half<dtype>(x.high));
+  }
+}
+COMMRT_INLINE void stream_fence() { _mm_sfence(); }
+COMMRT_INLINE void prefetch(const void* address) {
+  _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
+}
+
+// Eight codes of 1, 2 or 4 bits: the word in every lane, shifted so that the lane's code is on top.
+template <int bits>
+COMMRT_INLINE __m256 top_codes(std::uint32_t word) {
+  const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m256i shift =
+      _mm256_sub_epi32(_mm256_set1_epi32(32 - bits),
+                       _mm256_mullo_epi32(place, _mm256_set1_epi32(bits)));
+  const __m256i top = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
+  return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - bits));
+}
+template <int bits>
+COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
+  if constexpr (bits == 8) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+  } else if constexpr (bits == 4) {
+    std::uint32_t word[2];
+    std::memcpy(word, from, sizeof word);
+    return {top_codes<4>(word[0]), top_codes<4>(word[1])};
+  } else if constexpr (bits == 2) {
+    std::uint16_t word[2];
+    std::memcpy(word, from, sizeof word);
+    return {top_codes<2>(word[0]), top_codes<2>(word[1])};
+  } else {
+    // A set bit arrives as -1, a clear one as 0.
+    const Vf minus = {top_codes<1>(from[0]), top_codes<1>(from[1])};
+    return exact_fma(minus, broadcast(2.0f), broadcast(1.0f));
+  }
+}
+template <int bits>
+COMMRT_INLINE void store_codes(std::uint8_t* to, Vf codes) {
+  if constexpr (bits == 1) {
+    const __m256 zero = _mm256_setzero_ps();
+    to[0] = static_cast<std::uint8_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(codes.low, zero, _CMP_LT_OQ)));
+    to[1] = static_cast<std::uint8_t>(
+        _mm256_movemask_ps(_mm256_cmp_ps(codes.high, zero, _CMP_LT_OQ)));
+    return;
+  }
+  const __m256i words =
+      _mm256_packs_epi32(_mm256_cvtps_epi32(codes.low), _mm256_cvtps_epi32(codes.high));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered),
+                                        _mm256_extracti128_si256(ordered, 1));
+  if constexpr (bits == 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
+  } else if constexpr (bits == 4) {
+    const __m128i nibbles = _mm_and_si128(bytes, _mm_set1_epi8(0xf));
+    const __m128i pairs = _mm_maddubs_epi16(nibbles, _mm_set1_epi16(0x1001));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
+  } else if constexpr (bits == 2) {
+    const __m128i crumbs = _mm_and_si128(bytes, _mm_set1_epi8(3));
+    const __m128i pairs = _mm_maddubs_epi16(crumbs, _mm_set1_epi16(0x0401));
+    const __m128i quads = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
+    const __m128i packed = _mm_packus_epi16(_mm_packus_epi32(quads, quads), quads);
+    _mm_storeu_si32(to, packed);
+  }
+}
+
+COMMRT_INLINE void multiply_wide(__m256i x, std::uint32_t by, __m256i& high, __m256i& low) {
+  const __m256i factor = _mm256_set1_epi64x(by);
+  const __m256i even = _mm256_mul_epu32(x, factor);
+  const __m256i odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), factor);
+  low = _mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa);
+  high = _mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa);
+}
+// Eight counters at once; `counter` is a multiple of eight, so the low word cannot carry. Lane
+// 4 L + j holds counter 2 j + L (j < 2) in the order that the 4 x 4 transpose undoes.
+COMMRT_INLINE void philox_words(std::uint64_t seed, Stream stream, std::uint64_t counter,
+                                __m256i words[4]) {
+  const __m256i lane = _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7);
+  const auto counter_low = static_cast<std::uint32_t>(counter);
+  __m256i x0 = _mm256_add_epi32(_mm256_set1_epi32(static_cast<int>(counter_low)), lane);
+  __m256i x1 = _mm256_set1_epi32(static_cast<int>(counter >> 32));
+  __m256i x2 = _mm256_set1_epi32(static_cast<int>(stream));
+  __m256i x3 = _mm256_setzero_si256();
+  auto key0 = static_cast<std::uint32_t>(seed);
+  auto key1 = static_cast<std::uint32_t>(seed >> 32);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    __m256i high0, low0, high1, low1;
+    multiply_wide(x0, kPhiloxMultiplier0, high0, low0);
+    multiply_wide(x2, kPhiloxMultiplier1, high1, low1);
+    x0 = _mm256_xor_si256(_mm256_xor_si256(high1, x1), _mm256_set1_epi32(static_cast<int>(key0)));
+    x2 = _mm256_xor_si256(_mm256_xor_si256(high0, x3), _mm256_set1_epi32(static_cast<int>(key1)));
+    x1 = low1;
+    x3 = low0;
+    key0 += kPhiloxWeyl0;
+    key1 += kPhiloxWeyl1;
+  }
+  const __m256i a = _mm256_unpacklo_epi32(x0, x1), b = _mm256_unpackhi_epi32(x0, x1);
+  const __m256i c = _mm256_unpacklo_epi32(x2, x3), d = _mm256_unpackhi_epi32(x2, x3);
+  words[0] = _mm256_unpacklo_epi64(a, c);
+  words[1] = _mm256_unpackhi_epi64(a, c);
+  words[2] = _mm256_unpacklo_epi64(b, d);
+  words[3] = _mm256_unpackhi_epi64(b, d);
+}
+COMMRT_INLINE void fill_uniform(float* out, int count, std::uint64_t seed, Stream stream,
+                                std::uint64_t index) {
+  for (int i = 0; i < count; i += 32) {
+    __m256i words[4];
+    philox_words(seed, stream, (index + i) / 4, words);
+    for (int k = 0; k < 4; ++k) {
+      const __m256 integers = _mm256_cvtepi32_ps(_mm256_srli_epi32(words[k], 8));
+      _mm256_storeu_ps(out + i + 8 * k, _mm256_mul_ps(integers, _mm256_set1_ps(0x1p-24f)));
+    }
+  }
+}
+
+}  // namespace commrt::COMMRT_ISA
