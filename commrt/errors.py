@@ -6,7 +6,7 @@ class CommrtError(Exception):
 
 
 class ConfigError(CommrtError, ValueError):
-    """A setting, argument or model that commrt cannot work with; the message says what is allowed."""
+    """A setting, argument or model that commrt cannot work with; says what is allowed."""
 
 
 class StateError(CommrtError, ValueError):

@@ -56,6 +56,10 @@ class LocoCodec(BlockCodec):
         own = [f"beta={self.beta}", f"residual={self.residual}", f"reset={self.reset}"]
         return f"loco{self.bits}:" + ",".join(self._options() + own)
 
+    def is_reset(self, step: int) -> bool:
+        """Whether the residual is emptied before this step, counted from 0."""
+        return self.reset > 0 and step > 0 and step % self.reset == 0
+
     def residual_bytes(self, numel: int) -> int:
         """See :class:`Codec`."""
         return self.residual_fmt.payload_bytes(self.num_blocks(numel))

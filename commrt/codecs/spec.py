@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 from commrt.codecs.base import Codec
 from commrt.codecs.block import BlockCodec
@@ -52,10 +53,10 @@ def with_block(spec: str | Codec, block: int) -> Codec:
     return parse(spec)
 
 
-def _options(spec: str, family: type[BlockCodec], text: str | None) -> dict[str, int | float | str]:
+def _options(spec: str, family: type[BlockCodec], text: str | None) -> dict[str, Any]:
     types = {field.name: field.type for field in dataclasses.fields(family) if field.init}
     del types["bits"]
-    options: dict[str, int | float | str] = {}
+    options: dict[str, Any] = {}
     for part in text.split(",") if text else []:
         key, _, value = part.partition("=")
         if key not in types:

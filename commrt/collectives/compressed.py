@@ -1,8 +1,8 @@
 """Compressed collectives over any process group.
 
-Gradients are not summed in transit: low-bit codes would overflow, and requantising at every hop of a
-ring would add error at every hop. Instead every rank sends each shard's payload straight to its owner
-(all-to-all), which averages in fp32; the mean travels back in the gather codec::
+Gradients are not summed in transit: low-bit codes would overflow, and requantising at every hop of
+a ring would add error at every hop. Instead every rank sends each shard's payload straight to its
+owner (all-to-all), which averages in fp32; the mean travels back in the gather codec::
 
     encode -> all-to-all -> decode, average, encode -> all-gather -> decode
     |---------- reduce_leg ---|------------------ gather_leg ------------|
@@ -69,12 +69,11 @@ def all_reduce_(
         return all_reduce_exact_(tensors, group)
     reducer = Reducer(codec, with_block(gather, codec.block), group, group)
     traffic = Traffic()
-    if reducer.world_size > 1 and sum(tensor.numel() for tensor in tensors):
+    if reducer.world_size > 1 and any(tensor.numel() > 0 for tensor in tensors):
         seeds = [derive_seed(seed, reducer.rank, index) for index in range(len(tensors))]
         layout = reducer.layout(tensors)
-        send = reducer.encode(
-            tensors, layout, _residuals(codec, tensors, residuals), seeds, traffic
-        )
+        errors = _residuals(codec, tensors, residuals)
+        send = reducer.encode(tensors, layout, errors, seeds, traffic)
         received = reducer.reduce_leg(send, layout, traffic)
         reducer.gather_leg(received, layout, tensors, traffic)
     return traffic
@@ -113,11 +112,11 @@ def reduce_scatter(
     layout = one_each(numels, codec.block)
     residuals = None
     if residual is not None:
-        residuals = list(residual.split([codec.residual_bytes(numel) for numel in numels]))
-    residuals = _residuals(codec, shards, residuals)
+        residuals = residual.split([codec.residual_bytes(numel) for numel in numels])
+    errors = _residuals(codec, shards, residuals)
     seeds = [derive_seed(seed, reducer.rank, index) for index in range(len(shards))]
     traffic = Traffic()
-    send = reducer.encode(shards, layout, residuals, seeds, traffic)
+    send = reducer.encode(shards, layout, errors, seeds, traffic)
     received = reducer.reduce_leg(send, layout, traffic)
     output = torch.empty(
         layout.num_blocks(reducer.rank) * codec.block, dtype=torch.float32, device=input.device

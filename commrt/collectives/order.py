@@ -1,9 +1,9 @@
 """One order of collectives over all ranks, while backward goes on.
 
-A DDP hook may not wait: backward would stall. Nor may it launch a second collective from the callback
-of the first: on gloo the callbacks run in another order on every rank, and the collectives cross.
-Both mechanisms here take jobs in the order in which DDP hands out buckets, which is the same on every
-rank, and run the two legs of each in that order:
+A DDP hook may not wait: backward would stall. Nor may it launch a second collective from the
+callback of the first: on gloo the callbacks run in another order on every rank, and the collectives
+cross. Both mechanisms here take jobs in the order in which DDP hands out buckets, which is the same
+on every rank, and run the two legs of each in that order:
 
 * :class:`ThreadPipeline` (gloo): a thread and a process group for each leg. The reduce leg of one
   bucket overlaps the gather leg of the one before; within a leg the order is first in, first out.
@@ -80,7 +80,7 @@ class FifoWorker:
             return None, error
         try:
             return job(), None
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001 - raised again where the future is read
             self._failure = error
             return None, error
 

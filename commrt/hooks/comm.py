@@ -153,7 +153,8 @@ class Comm:
         """
         if self._pipeline is None:
             self.start(buffer.device)
-        assert self._pipeline is not None and self._reducer is not None
+        assert self._pipeline is not None
+        assert self._reducer is not None
         step, self._steps = self._steps, self._steps + is_last
         if self._reducer.world_size == 1:
             return _completed(buffer)
@@ -233,8 +234,8 @@ class Comm:
     def detach(self) -> None:
         """From now on average uncompressed, as plain DDP does; the residuals are given up.
 
-        Ranks: all, between the same two steps. DDP cannot forget a hook: to compress again, wrap the
-        model anew.
+        Ranks: all, between the same two steps. DDP cannot forget a hook: to compress again, wrap
+        the model anew.
         """
         self._is_detached = True
         self._residuals = Residuals(ExactCodec())
@@ -298,9 +299,8 @@ class Comm:
         if coded:
             names = [entry.name for entry in coded]
             grads = [entry.grad for entry in coded]
-            if isinstance(self.codec, LocoCodec) and self.codec.reset and step:
-                if step % self.codec.reset == 0:
-                    self._residuals.reset(names)
+            if isinstance(self.codec, LocoCodec) and self.codec.is_reset(step):
+                self._residuals.reset(names)
             layout = self._reducer.layout(grads)
             residuals = [self._residuals.get(name) for name in names]
             rank = self._reducer.rank

@@ -3,6 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from commrt.codecs import Codec
@@ -21,13 +22,13 @@ def attach(
 ) -> Comm:
     """Send a DDP model's gradients at low bits, error-compensated.
 
-    The default sends 4-bit LoCo codes and returns the mean at 8 bits: about 5 times fewer bytes than
-    fp32. Residuals are kept by parameter name, so DDP may rebuild its buckets.
+    The default sends 4-bit LoCo codes and returns the mean at 8 bits: about 5 times fewer bytes
+    than fp32. Residuals are kept by parameter name, so DDP may rebuild its buckets.
 
     Args:
         model: Wrapped in ``DistributedDataParallel``, without a communication hook.
         codec: Spec string or codec of the reduce leg, see :func:`commrt.parse`.
-        gather: Of the return leg: ``"block8"`` (default), another block codec, or ``"none"`` (fp32).
+        gather: Of the return leg: ``"block8"`` (default), another block codec, or ``"none"``, fp32.
         min_numel: Parameters with fewer elements travel uncompressed, as do those with fewer than
             two dimensions.
         group: Default: the model's own process group.
@@ -63,7 +64,7 @@ def attach(
     return comm
 
 
-def ddp_hook(state: Comm, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def ddp_hook(state: Comm, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     """The hook itself, for ``model.register_comm_hook(commrt.Comm("loco4"), commrt.ddp_hook)``.
 
     Returns a future of the averaged bucket at once; the work is done in the order of the buckets,

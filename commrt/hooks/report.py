@@ -18,7 +18,7 @@ def format_report(
     exempt: Mapping[str, tuple[str, int]],
     is_detached: bool,
 ) -> str:
-    """Lines of text: settings, bytes a step of each leg, and every uncompressed parameter's reason."""
+    """Settings, bytes a step of each leg, and the reason of every uncompressed parameter."""
     steps = max(stats.steps, 1)
     lines = [
         f"commrt: {world_size} ranks, codec {codec}, gather {gather}",

@@ -277,6 +277,7 @@ def _check_stack(payloads: Tensor, fmt: BlockFormat) -> int:
         raise ConfigError("payloads has strided rows: each row must be contiguous")
     if payloads.shape[1] % fmt.block_bytes:
         raise ConfigError(
-            f"payloads has rows of {payloads.shape[1]} bytes: must be multiples of {fmt.block_bytes}"
+            f"payloads has rows of {payloads.shape[1]} bytes: "
+            f"must be a multiple of {fmt.block_bytes}"
         )
     return payloads.shape[1] // fmt.block_bytes

@@ -1,7 +1,7 @@
 """Every op in plain torch: slow, obvious, the specification.
 
 The native kernels give the same bits; ``tests/native`` holds them to it. Shapes: N elements,
-B blocks, K elements a block. All arithmetic is fp32, and each line rounds once where the kernels do.
+B blocks, K elements a block. All arithmetic is fp32, and each operation rounds where theirs does.
 """
 
 import torch
@@ -195,7 +195,7 @@ def _mean_level(value_BK: Tensor, valid_B: Tensor, bits: int) -> Tensor:
 
 
 def _choose_scale(value_BK: Tensor, valid_B: Tensor, fmt: BlockFormat) -> Tensor:
-    """bfloat16 scale of each block: zero, a normal number, or NaN for a block that is not finite."""
+    """bfloat16 scale of each block: zero, a normal number, or NaN where it is not finite."""
     absmax_B = value_BK.abs().amax(dim=1)
     if fmt.mean_levels:
         level_bits_B = _mean_level(value_BK, valid_B, fmt.bits).view(torch.int32).long()
