@@ -42,14 +42,6 @@ COMMRT_INLINE const std::uint8_t* block_input(const Window& window, int block, s
   return reinterpret_cast<const std::uint8_t*>(padded.value);
 }
 
-// The uniform numbers of a block of the window.
-COMMRT_INLINE const float* draw(TileBuffer& draws, std::uint64_t seed, Stream stream,
-                                const Window& window, int block, std::int64_t index) {
-  const std::uint64_t first = window.first_index + static_cast<std::uint64_t>(index * block);
-  fill_uniform(draws.value, block, seed, stream, first);
-  return draws.value;
-}
-
 // Call body(first block, number of blocks) for each tile of blocks [begin, end).
 template <typename Body>
 COMMRT_INLINE void for_each_tile(int block, std::int64_t begin, std::int64_t end, Body body) {
@@ -63,6 +55,7 @@ COMMRT_INLINE void for_each_tile(int block, std::int64_t begin, std::int64_t end
 // Liu, 2016, eq. 6); at one bit the mean of all, the optimal level of a sign (XNOR-Net, eq. 6).
 COMMRT_INLINE float mean_level(const float* value, int block, int valid, int bits, float absmax) {
   Vf total = broadcast(0.0f);
+  COMMRT_UNROLL
   for (int i = 0; i < block; i += kLanes) {
     total = add(total, as_floats(abs_bits(load<DType::kFloat32>(value + i))));
   }
@@ -70,6 +63,7 @@ COMMRT_INLINE float mean_level(const float* value, int block, int valid, int bit
   if (bits == 1) return mean;
   const Vf threshold = broadcast(0.7f * mean);
   Vf sum = broadcast(0.0f), count = broadcast(0.0f);
+  COMMRT_UNROLL
   for (int i = 0; i < block; i += kLanes) {
     const Vf magnitude = as_floats(abs_bits(load<DType::kFloat32>(value + i)));
     sum = add(sum, where_greater(magnitude, threshold, magnitude));
@@ -79,13 +73,36 @@ COMMRT_INLINE float mean_level(const float* value, int block, int valid, int bit
   return survivors > 0.0f ? sum_lanes(sum) / survivors : absmax;
 }
 
-COMMRT_INLINE std::uint16_t choose_scale(const float* value, int valid, std::uint32_t absmax_bits,
-                                         const BlockFormat& format) {
-  if (!is_finite_magnitude(absmax_bits)) return kScaleNaN;
-  const float absmax = bits_to_float(absmax_bits);
-  if (!format.mean_levels) return scale_from_absmax(absmax, format.bits);
-  const float level = mean_level(value, format.block, valid, format.bits, absmax);
-  return scale_from_level(level, format.bits);
+// Scales and their inverses of a tile's blocks, from their maxima; this loop is vectorised.
+struct TileScales {
+  std::uint16_t scale[kMaxTileBlocks];
+  float inverse[kMaxTileBlocks];
+
+  COMMRT_MEMBER void from_absmax(const std::uint32_t* absmax_bits, int count, int bits) {
+    for (int b = 0; b < count; ++b) {
+      scale[b] = scale_from_absmax(absmax_bits[b], bits);
+      inverse[b] = inverse_scale(scale[b]);
+    }
+  }
+};
+
+// As the format says: from the maxima, or from the means of the finite blocks.
+COMMRT_INLINE TileScales choose_scales(const float* value, const std::uint32_t* absmax_bits,
+                                       int count, const BlockFormat& format, const Window* window,
+                                       std::int64_t first) {
+  TileScales scales;
+  scales.from_absmax(absmax_bits, count, format.bits);
+  if (!format.mean_levels) return scales;
+  for (int b = 0; b < count; ++b) {
+    if (scales.scale[b] == kScaleNaN) continue;
+    const int valid =
+        window == nullptr ? format.block : valid_in_block(*window, format.block, first + b);
+    const float level = mean_level(value + b * format.block, format.block, valid, format.bits,
+                                   bits_to_float(absmax_bits[b]));
+    scales.scale[b] = scale_from_level(level, format.bits);
+    scales.inverse[b] = inverse_scale(scales.scale[b]);
+  }
+  return scales;
 }
 
 // value / scale, rounded by the uniform numbers, or unrounded where `uniform` is null.
@@ -109,21 +126,54 @@ COMMRT_INLINE void zero_codes(std::uint8_t* codes, int bits, int block) {
   std::memset(codes, 0, static_cast<std::size_t>(code_bytes(bits, block)));
 }
 
-// 1 / scale; zero, which makes every code zero, where the scale is zero.
-COMMRT_INLINE float inverse_of(std::uint16_t scale) {
-  return scale == 0 ? 0.0f : 1.0f / bf16_to_float(scale);
+// How the codes of a tile are rounded: to nearest even, or by the uniform numbers of its elements.
+struct TileRounding {
+  bool stochastic;
+  std::uint64_t seed;
+  Stream stream;
+  std::uint64_t first_index;  // of the tile's first element, in the whole tensor
+
+  // The uniform numbers of a block, or null.
+  COMMRT_MEMBER const float* draw(TileBuffer& draws, int block, int b) const {
+    if (!stochastic) return nullptr;
+    fill_uniform(draws.value, block, seed, stream, first_index + static_cast<unsigned>(b * block));
+    return draws.value;
+  }
+};
+
+COMMRT_INLINE TileRounding tile_rounding(const Rounding& rounding, Stream stream,
+                                         const Window& window, int block, std::int64_t first) {
+  const std::uint64_t first_index = window.first_index + static_cast<std::uint64_t>(first * block);
+  return {rounding.stochastic, rounding.seed, stream, first_index};
 }
 
-// Codes of `block` values under `scale`.
+constexpr TileRounding kNearest = {false, 0, Stream::kCodes, 0};
+
+// Codes of one block.
 template <int bits>
-COMMRT_INLINE void encode_values(const float* value, int block, std::uint16_t scale,
-                                 const float* uniform, std::uint8_t* codes) {
+COMMRT_INLINE void encode_block(const float* value, int block, std::uint16_t scale,
+                                float inverse_scale, const float* uniform, std::uint8_t* codes) {
   if (scale == kScaleNaN || (bits == 1 && scale == 0)) return zero_codes(codes, bits, block);
-  const Vf inverse = broadcast(inverse_of(scale));
+  const Vf inverse = broadcast(inverse_scale);
+  COMMRT_UNROLL
   for (int i = 0; i < block; i += kLanes) {
     const float* draws = uniform == nullptr ? nullptr : uniform + i;
     const Vf level = to_level<bits>(load<DType::kFloat32>(value + i), inverse, draws);
     store_codes<bits>(codes + i * bits / 8, level);
+  }
+}
+
+// Codes and scales of a tile whose first block is block `first` of the payload.
+template <int bits>
+COMMRT_PHASE void encode_tile(const float* value, int block, int count, const TileScales& scales,
+                              const TileRounding& rounding, const PayloadSlice& payload,
+                              std::int64_t first) {
+  TileBuffer draws;
+  for (int b = 0; b < count; ++b) {
+    payload.scales[first + b] = scales.scale[b];
+    encode_block<bits>(value + b * block, block, scales.scale[b], scales.inverse[b],
+                       rounding.draw(draws, block, b),
+                       payload.codes + (first + b) * code_bytes(bits, block));
   }
 }
 
@@ -153,18 +203,16 @@ template <DType dtype, typename Produce>
 COMMRT_INLINE void write_block(const Window& window, int block, std::int64_t index,
                                Produce produce) {
   constexpr std::int64_t size = element_size(dtype);
-  auto* to = static_cast<std::uint8_t*>(window.data) + index * block * size;
+  auto* output = static_cast<std::uint8_t*>(window.data) + index * block * size;
   const int valid = valid_in_block(window, block, index);
-  if (valid == block && reinterpret_cast<std::uintptr_t>(to) % (kLanes * size) == 0) {
-    produce([=](int i, Vf x) COMMRT_INLINE_LAMBDA { stream<dtype>(to + i * size, x); });
-  } else if (valid == block) {
-    produce([=](int i, Vf x) COMMRT_INLINE_LAMBDA { store<dtype>(to + i * size, x); });
-  } else {
-    TileBuffer whole;
-    auto* bytes = reinterpret_cast<std::uint8_t*>(whole.value);
-    produce([=](int i, Vf x) COMMRT_INLINE_LAMBDA { store<dtype>(bytes + i * size, x); });
-    std::memcpy(to, bytes, static_cast<std::size_t>(valid * size));
-  }
+  TileBuffer padded;
+  std::uint8_t* to = valid == block ? output : reinterpret_cast<std::uint8_t*>(padded.value);
+  const bool past_caches = reinterpret_cast<std::uintptr_t>(to) % (kLanes * size) == 0;
+  produce([=](int i, Vf x) COMMRT_INLINE_LAMBDA {
+    if (past_caches) return stream<dtype>(to + i * size, x);
+    store<dtype>(to + i * size, x);
+  });
+  if (valid < block) std::memcpy(output, to, static_cast<std::size_t>(valid * size));
 }
 
 }  // namespace commrt::COMMRT_ISA

@@ -5,116 +5,126 @@ namespace {
 
 // What a tile carries from phase to phase.
 struct Tile {
-  TileBuffer value;        // h, then the updated residual
-  TileBuffer error_codes;  // the old residual's codes as floats
-  TileBuffer draws;
-  TileBuffer padded;
-  std::uint32_t absmax[kMaxTileBlocks];
+  std::int64_t first;                    // block
+  int count;                             // of blocks
+  TileBuffer value;                      // h, then the updated residual
+  TileBuffer error_codes;                // the old residual's codes as floats
+  std::uint32_t absmax[kMaxTileBlocks];  // bits of max |h|, then of the updated residual's maximum
 };
 
-// h = g + e into `value`, the codes of e into `error_codes`; returns the bits of max |h|.
+// h = g + e.
 template <DType dtype, int residual_bits>
-COMMRT_INLINE std::uint32_t compensate(const std::uint8_t* grad, const std::uint8_t* error,
-                                       std::uint16_t error_scale, int block, float* value,
-                                       float* error_codes) {
+COMMRT_PHASE void compensate(const LocoEncodeArgs& args, Tile& tile) {
+  const int block = args.format.block;
   constexpr std::int64_t size = element_size(dtype);
-  const Vf scale = broadcast(bf16_to_float(error_scale));
-  Vu most = zero_words();
-  for (int i = 0; i < block; i += kLanes) {
-    prefetch(grad + i * size + kPrefetchBytes);
-    const Vf e = load_codes<residual_bits>(error + i * residual_bits / 8);
-    const Vf h = exact_fma(e, scale, load<dtype>(grad + i * size));
-    most = max_words(most, abs_bits(h));
-    store<DType::kFloat32>(error_codes + i, e);
-    store<DType::kFloat32>(value + i, h);
+  const std::int64_t residual_bytes = code_bytes(residual_bits, block);
+  const std::uint8_t* error = args.residual.codes + tile.first * residual_bytes;
+  TileBuffer padded;
+  for (std::int64_t i = 0; i < tile.count * residual_bytes; i += 64) {
+    prefetch(error + i + kPrefetchBytes * residual_bits / 32);
   }
-  return max_lanes(most);
+  for (int b = 0; b < tile.count; ++b, error += residual_bytes) {
+    const std::uint8_t* grad = block_input<dtype>(args.grad, block, tile.first + b, padded);
+    const Vf scale = broadcast(bf16_to_float(args.residual.scales[tile.first + b]));
+    float* value = tile.value.value + b * block;
+    float* error_codes = tile.error_codes.value + b * block;
+    Vu most = zero_words();
+    COMMRT_UNROLL
+    for (int i = 0; i < block; i += kLanes) {
+      prefetch(grad + i * size + kPrefetchBytes);
+      const Vf e = load_codes<residual_bits>(error + i * residual_bits / 8);
+      const Vf h = exact_fma(e, scale, load<dtype>(grad + i * size));
+      most = max_words(most, abs_bits(h));
+      store<DType::kFloat32>(error_codes + i, e);
+      store<DType::kFloat32>(value + i, h);
+    }
+    tile.absmax[b] = max_lanes(most);
+  }
 }
 
-// Codes of h, and beta e + (1 - beta) (h - Q(h)) in place of h; returns the bits of its maximum.
+// Codes of a block of h, and beta e + (1 - beta) (h - Q(h)) in its place; returns the bits of the
+// maximum.
 template <int bits>
 COMMRT_INLINE std::uint32_t quantise_and_update(float* value, const float* error_codes,
-                                                std::uint16_t error_scale, std::uint16_t scale,
-                                                const float* uniform, int block, float beta,
-                                                std::uint8_t* codes) {
-  const Vf sent_scale = broadcast(bf16_to_float(scale)), inverse = broadcast(inverse_of(scale));
-  const Vf kept_scale = broadcast(beta * bf16_to_float(error_scale));
-  const Vf release = broadcast(1.0f - beta);
-  Vu most = zero_words();
+                                                float kept_scale, float release_share,
+                                                std::uint16_t scale, float inverse_scale, int block,
+                                                const float* uniform, std::uint8_t* codes) {
+  const Vf sent_scale = broadcast(bf16_to_float(scale)), inverse = broadcast(inverse_scale);
+  const Vf keep = broadcast(kept_scale), release = broadcast(release_share);
+  Vf most = broadcast(0.0f);
+  COMMRT_UNROLL
   for (int i = 0; i < block; i += kLanes) {
     const Vf h = load<DType::kFloat32>(value + i);
     const Vf level = to_level<bits>(h, inverse, uniform == nullptr ? nullptr : uniform + i);
     store_codes<bits>(codes + i * bits / 8, level);
     const Vf missed = mul(release, exact_fnma(round_even(level), sent_scale, h));
-    const Vf kept = mul(load<DType::kFloat32>(error_codes + i), kept_scale);
-    const Vf updated = add(kept, missed);
-    most = max_words(most, abs_bits(updated));
+    const Vf updated = add(mul(load<DType::kFloat32>(error_codes + i), keep), missed);
+    most = max_magnitude(most, updated);
     store<DType::kFloat32>(value + i, updated);
   }
-  return max_lanes(most);
+  return max_lanes(abs_bits(most));
 }
 
-template <DType dtype, int bits, int residual_bits>
-COMMRT_INLINE void encode_tile(const LocoEncodeArgs& args, std::int64_t first, int count) {
+template <int bits>
+COMMRT_PHASE void send(const LocoEncodeArgs& args, const TileScales& scales, Tile& tile) {
   const int block = args.format.block;
-  const std::int64_t residual_bytes = code_bytes(residual_bits, block);
-  std::uint8_t* error = args.residual.codes + first * residual_bytes;
-  std::uint16_t* error_scales = args.residual.scales + first;
-  std::uint16_t* scales = args.payload.scales + first;
-  Tile tile;
-  for (std::int64_t i = 0; i < count * residual_bytes; i += 64) {
-    prefetch(error + i + kPrefetchBytes * residual_bits / 32);
-  }
-  for (int b = 0; b < count; ++b) {
-    const std::uint8_t* grad = block_input<dtype>(args.grad, block, first + b, tile.padded);
-    tile.absmax[b] = compensate<dtype, residual_bits>(
-        grad, error + b * residual_bytes, error_scales[b], block, tile.value.value + b * block,
-        tile.error_codes.value + b * block);
-  }
-  for (int b = 0; b < count; ++b) {
-    const int valid = valid_in_block(args.grad, block, first + b);
-    scales[b] = choose_scale(tile.value.value + b * block, valid, tile.absmax[b], args.format);
-  }
-  for (int b = 0; b < count; ++b) {
-    std::uint8_t* codes = args.payload.codes + (first + b) * code_bytes(bits, block);
-    if (scales[b] == kScaleNaN) {
+  const TileRounding rounding =
+      tile_rounding(args.rounding, Stream::kCodes, args.grad, block, tile.first);
+  TileBuffer draws;
+  for (int b = 0; b < tile.count; ++b) {
+    std::uint8_t* codes = args.payload.codes + (tile.first + b) * code_bytes(bits, block);
+    args.payload.scales[tile.first + b] = scales.scale[b];
+    if (scales.scale[b] == kScaleNaN) {
       zero_codes(codes, bits, block);
       continue;
     }
-    const float* uniform = nullptr;
-    if (args.rounding.stochastic) {
-      uniform = draw(tile.draws, args.rounding.seed, Stream::kCodes, args.grad, block, first + b);
-    }
-    tile.absmax[b] = quantise_and_update<bits>(
-        tile.value.value + b * block, tile.error_codes.value + b * block, error_scales[b], scales[b],
-        uniform, block, args.beta, codes);
+    const float error_scale = bf16_to_float(args.residual.scales[tile.first + b]);
+    tile.absmax[b] =
+        quantise_and_update<bits>(tile.value.value + b * block, tile.error_codes.value + b * block,
+                                  args.beta * error_scale, 1.0f - args.beta, scales.scale[b],
+                                  scales.inverse[b], block, rounding.draw(draws, block, b), codes);
   }
-  for (int b = 0; b < count; ++b) {
-    if (scales[b] == kScaleNaN) continue;
-    error_scales[b] = scale_from_absmax(bits_to_float(tile.absmax[b]), residual_bits);
+}
+
+// The updated residual in place of the old one, except where the block was not finite.
+template <int residual_bits>
+COMMRT_PHASE void store_residual(const LocoEncodeArgs& args, const TileScales& sent, Tile& tile) {
+  const int block = args.format.block;
+  const Rounding stored = {residual_bits == 4, args.rounding.seed};
+  const TileRounding rounding =
+      tile_rounding(stored, Stream::kResidual, args.grad, block, tile.first);
+  TileScales scales;
+  scales.from_absmax(tile.absmax, tile.count, residual_bits);
+  TileBuffer draws;
+  for (int b = 0; b < tile.count; ++b) {
+    if (sent.scale[b] == kScaleNaN) continue;
+    args.residual.scales[tile.first + b] = scales.scale[b];
+    encode_block<residual_bits>(
+        tile.value.value + b * block, block, scales.scale[b], scales.inverse[b],
+        rounding.draw(draws, block, b),
+        args.residual.codes + (tile.first + b) * code_bytes(residual_bits, block));
   }
-  for (int b = 0; b < count; ++b) {
-    if (scales[b] == kScaleNaN) continue;
-    const float* uniform = nullptr;
-    if constexpr (residual_bits == 4) {
-      uniform = draw(tile.draws, args.rounding.seed, Stream::kResidual, args.grad, block, first + b);
-    }
-    encode_values<residual_bits>(tile.value.value + b * block, block, error_scales[b], uniform,
-                                 error + b * residual_bytes);
-  }
+}
+
+void encode_tile(const LocoEncodeArgs& args, std::int64_t first, int count) {
+  Tile tile;
+  tile.first = first;
+  tile.count = count;
+  const bool is_small = args.residual_bits == 4;
+  with_dtype(args.grad.dtype, [&]<DType dtype>() {
+    is_small ? compensate<dtype, 4>(args, tile) : compensate<dtype, 8>(args, tile);
+  });
+  const TileScales scales =
+      choose_scales(tile.value.value, tile.absmax, count, args.format, &args.grad, first);
+  with_bits(args.format.bits, [&]<int bits>() { send<bits>(args, scales, tile); });
+  is_small ? store_residual<4>(args, scales, tile) : store_residual<8>(args, scales, tile);
 }
 
 }  // namespace
 
 void loco_encode(const LocoEncodeArgs& args, std::int64_t begin, std::int64_t end) {
-  with_dtype(args.grad.dtype, [&]<DType dtype>() {
-    with_bits(args.format.bits, [&]<int bits>() {
-      for_each_tile(args.format.block, begin, end, [&](std::int64_t first, int count) {
-        if (args.residual_bits == 4) return encode_tile<dtype, bits, 4>(args, first, count);
-        encode_tile<dtype, bits, 8>(args, first, count);
-      });
-    });
-  });
+  for_each_tile(args.format.block, begin, end,
+                [&](std::int64_t first, int count) { encode_tile(args, first, count); });
 }
 
 }  // namespace commrt::COMMRT_ISA

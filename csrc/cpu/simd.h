@@ -7,6 +7,7 @@
 //   sum_lanes     pairwise: lane i with lane i + 8, then + 4, + 2, + 1
 //   load_codes<bits>  store_codes<bits>      sixteen codes, a little-endian stream of two's complement;
 //                 storing rounds to nearest even
+//   COMMRT_UNROLL before loops over the vectors of a block, a third of whose time would be bookkeeping
 //   fill_uniform  the random numbers of elements [index, index + count), both multiples of 32; writes
 //                 up to kUniformSlack floats more
 //
@@ -20,6 +21,9 @@
 
 #define COMMRT_INLINE static inline __attribute__((always_inline, unused))
 
+// Phases of a tile are compiled once for each parameter they depend on, not for every combination.
+#define COMMRT_PHASE static __attribute__((noinline, unused))
+#define COMMRT_MEMBER inline __attribute__((always_inline))
 #define COMMRT_INLINE_LAMBDA __attribute__((always_inline))
 
 #if !defined(COMMRT_ISA)

@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#define COMMRT_UNROLL _Pragma("GCC unroll 4")
+
 namespace commrt::COMMRT_ISA {
 
 struct Vf {
@@ -52,6 +54,11 @@ COMMRT_INLINE Vu zero_words() { return {_mm256_setzero_si256(), _mm256_setzero_s
 COMMRT_INLINE Vu max_words(Vu a, Vu b) {
   return {_mm256_max_epu32(a.low, b.low), _mm256_max_epu32(a.high, b.high)};
 }
+// The larger magnitude of two finite numbers, with any sign.
+COMMRT_INLINE Vf max_magnitude(Vf a, Vf b) {
+  const Vf x = as_floats(abs_bits(b));
+  return {_mm256_max_ps(a.low, x.low), _mm256_max_ps(a.high, x.high)};
+}
 COMMRT_INLINE float sum_lanes(Vf x) {
   const __m256 eight = _mm256_add_ps(x.low, x.high);
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -89,7 +96,8 @@ COMMRT_INLINE __m256 load_eight(const void* from) {
 template <DType dtype>
 COMMRT_INLINE Vf load(const void* from) {
   const auto* bytes = static_cast<const std::uint8_t*>(from);
-  return {load_eight<dtype>(bytes), load_eight<dtype>(bytes + (dtype == DType::kFloat32 ? 32 : 16))};
+  return {load_eight<dtype>(bytes),
+          load_eight<dtype>(bytes + (dtype == DType::kFloat32 ? 32 : 16))};
 }
 // Eight lanes to eight halves; round to nearest even, NaN becomes the canonical quiet NaN.
 template <DType dtype>
@@ -140,9 +148,8 @@ COMMRT_INLINE void prefetch(const void* address) {
 template <int bits>
 COMMRT_INLINE __m256 top_codes(std::uint32_t word) {
   const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
-  const __m256i shift =
-      _mm256_sub_epi32(_mm256_set1_epi32(32 - bits),
-                       _mm256_mullo_epi32(place, _mm256_set1_epi32(bits)));
+  const __m256i shift = _mm256_sub_epi32(_mm256_set1_epi32(32 - bits),
+                                         _mm256_mullo_epi32(place, _mm256_set1_epi32(bits)));
   const __m256i top = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - bits));
 }
@@ -170,17 +177,17 @@ template <int bits>
 COMMRT_INLINE void store_codes(std::uint8_t* to, Vf codes) {
   if constexpr (bits == 1) {
     const __m256 zero = _mm256_setzero_ps();
-    to[0] = static_cast<std::uint8_t>(
-        _mm256_movemask_ps(_mm256_cmp_ps(codes.low, zero, _CMP_LT_OQ)));
-    to[1] = static_cast<std::uint8_t>(
-        _mm256_movemask_ps(_mm256_cmp_ps(codes.high, zero, _CMP_LT_OQ)));
+    to[0] =
+        static_cast<std::uint8_t>(_mm256_movemask_ps(_mm256_cmp_ps(codes.low, zero, _CMP_LT_OQ)));
+    to[1] =
+        static_cast<std::uint8_t>(_mm256_movemask_ps(_mm256_cmp_ps(codes.high, zero, _CMP_LT_OQ)));
     return;
   }
   const __m256i words =
       _mm256_packs_epi32(_mm256_cvtps_epi32(codes.low), _mm256_cvtps_epi32(codes.high));
   const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(ordered),
-                                        _mm256_extracti128_si256(ordered, 1));
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
   if constexpr (bits == 8) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
   } else if constexpr (bits == 4) {

@@ -5,6 +5,8 @@
 
 #include <cstring>
 
+#define COMMRT_UNROLL _Pragma("GCC unroll 8")
+
 namespace commrt::COMMRT_ISA {
 
 using Vf = __m512;
@@ -31,6 +33,8 @@ COMMRT_INLINE Vu abs_bits(Vf x) {
 COMMRT_INLINE Vf as_floats(Vu x) { return _mm512_castsi512_ps(x); }
 COMMRT_INLINE Vu zero_words() { return _mm512_setzero_si512(); }
 COMMRT_INLINE Vu max_words(Vu a, Vu b) { return _mm512_max_epu32(a, b); }
+// The larger magnitude of two finite numbers, with any sign.
+COMMRT_INLINE Vf max_magnitude(Vf a, Vf b) { return _mm512_range_ps(a, b, 0x0b); }
 COMMRT_INLINE float sum_lanes(Vf x) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -71,8 +75,7 @@ COMMRT_INLINE __m256i to_half(Vf x) {
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     const __m512i bias = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
     const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(bits, bias), 16);
-    return _mm512_cvtepi32_epi16(
-        _mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
+    return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0)));
   }
 }
 template <DType dtype>
@@ -108,8 +111,7 @@ COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
     const __m512i pairs =
         _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
     const __m512i nibbles = _mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28));
-    const __m512 value_of =
-        _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    const __m512 value_of = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
     return _mm512_permutexvar_ps(nibbles, value_of);
   } else if constexpr (bits == 2) {
     std::uint32_t word;
@@ -117,8 +119,7 @@ COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
     const __m512i shift =
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
     const __m512i pairs = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word)), shift);
-    const __m512 value_of =
-        _mm512_setr_ps(0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1);
+    const __m512 value_of = _mm512_setr_ps(0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1);
     return _mm512_permutexvar_ps(pairs, value_of);
   } else {
     std::uint16_t word;
@@ -141,8 +142,7 @@ COMMRT_INLINE void store_codes(std::uint8_t* to, Vf codes) {
     const __m512i pairs = _mm512_or_si512(nibbles, _mm512_srli_epi64(nibbles, 28));
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_cvtepi64_epi8(pairs));
   } else if constexpr (bits == 2) {
-    const __m128i bytes =
-        _mm512_cvtepi32_epi8(_mm512_and_si512(integers, _mm512_set1_epi32(3)));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_and_si512(integers, _mm512_set1_epi32(3)));
     const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x0401));
     const __m128i quads = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
     _mm_storeu_si32(to, _mm_cvtepi32_epi8(quads));

@@ -18,15 +18,18 @@ COMMRT_HD std::uint32_t max_scale_bits(int bits) {
 }
 
 COMMRT_HD std::uint16_t clamp_scale(std::uint32_t scale_bits, int bits) {
-  if (scale_bits < 0x0080u) return 0;
   const std::uint32_t limit = max_scale_bits(bits);
-  return static_cast<std::uint16_t>(scale_bits < limit ? scale_bits : limit);
+  const std::uint32_t finite = scale_bits < limit ? scale_bits : limit;
+  return static_cast<std::uint16_t>(finite < 0x0080u ? 0u : finite);
 }
 
+COMMRT_HD bool is_finite_magnitude(std::uint32_t abs_bits) { return abs_bits < 0x7f800000u; }
+
 // absmax / max_code, rounded up so that no element exceeds the largest code.
-COMMRT_HD std::uint16_t scale_from_absmax(float absmax, int bits) {
-  const std::uint32_t quotient = float_to_bits(absmax / static_cast<float>(max_code(bits)));
-  return clamp_scale((quotient + 0xffffu) >> 16, bits);
+COMMRT_HD std::uint16_t scale_from_absmax(std::uint32_t absmax_bits, int bits) {
+  const float quotient = bits_to_float(absmax_bits) / static_cast<float>(max_code(bits));
+  const std::uint16_t scale = clamp_scale((float_to_bits(quotient) + 0xffffu) >> 16, bits);
+  return is_finite_magnitude(absmax_bits) ? scale : kScaleNaN;
 }
 
 // A level that is not the maximum (a mean of magnitudes), rounded to nearest even.
@@ -35,6 +38,9 @@ COMMRT_HD std::uint16_t scale_from_level(float level, int bits) {
   return clamp_scale((level_bits + 0x7fffu + ((level_bits >> 16) & 1u)) >> 16, bits);
 }
 
-COMMRT_HD bool is_finite_magnitude(std::uint32_t abs_bits) { return abs_bits < 0x7f800000u; }
+// 1 / scale; zero, which makes every code zero, where the scale is zero.
+COMMRT_HD float inverse_scale(std::uint16_t scale) {
+  return scale == 0 ? 0.0f : 1.0f / bf16_to_float(scale);
+}
 
 }  // namespace commrt

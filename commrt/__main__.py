@@ -1,0 +1,65 @@
+"""The command line: ``python -m commrt COMMAND``. Commands import what they need when they run."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from commrt.errors import ConfigError, PeerMismatchError, StateError
+from commrt.training.config import TrainConfig, add_options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command.
+
+    Args:
+        arguments: What follows ``commrt``; None for those of this process.
+
+    Returns:
+        The exit code: 0, 2 for a user's mistake, 128 plus its number after a signal.
+    """
+    options = vars(_parser().parse_args(arguments))
+    name, command = options.pop("name"), options.pop("command")
+    try:
+        code: int = command(options)
+    except (ConfigError, PeerMismatchError, StateError) as error:
+        print(f"commrt {name}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="commrt", description="Training that sends fewer bytes.")
+    commands = parser.add_subparsers(dest="name", required=True, metavar="COMMAND")
+
+    train = commands.add_parser("train", help="train a byte-level GPT on text")
+    train.set_defaults(command=_train)
+    add_options(train)
+
+    compare = commands.add_parser("compare", help="compare finished training runs")
+    compare.set_defaults(command=_compare)
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="the runs' folders")
+    compare.add_argument("--out", type=Path, help="folder for summary.json and loss.png")
+    return parser
+
+
+def _train(options: dict[str, Any]) -> int:
+    from commrt.training.job import run_job
+
+    return run_job(TrainConfig.make(**options))
+
+
+def _compare(options: dict[str, Any]) -> int:
+    from commrt.training.compare import compare_runs
+
+    print(compare_runs(**options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""One rank's part of the job: model, optimizer, gradient communication, and their checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commrt
+from commrt.errors import StateError
+from commrt.training import checkpoint
+from commrt.training.config import TrainConfig
+from commrt.training.data import Corpus, train_batch, validation_batches
+from commrt.training.model import GPT, next_byte_losses
+from commrt.training.optimizer import learning_rate, make_optimizer
+
+# Fields that may differ between a run and its continuation. A new number of steps moves the
+# learning rate schedule, on purpose.
+_FREE_FIELDS = {
+    "steps", "data", "out", "resume", "device", "eval_every", "eval_windows", "checkpoint_every",
+    "log_every", "tensorboard", "no_progress",
+}  # fmt: skip
+
+
+class Trainer:
+    """Trains a GPT data-parallel, its gradients averaged by commrt.
+
+    Attributes:
+        model: The bare model.
+        comm: What ``commrt.attach`` returned.
+        step: Finished optimizer steps.
+
+    Args:
+        config: The run.
+        corpus: Its text, the same on all ranks.
+        device: Where to compute.
+
+    Ranks: all must construct one, after ``init_process_group``.
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, device: torch.device) -> None:
+        self.config = config
+        self.corpus = corpus
+        self.device = device
+        self.step = 0
+        torch.manual_seed(config.seed)
+        self.model = GPT(config.model).to(device)
+        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
+        self._settle_buckets()
+        self.comm = commrt.attach(self.ddp, config.codec, config.gather, seed=config.seed)
+        self.optimizer = make_optimizer(self.model, config)
+
+    def _settle_buckets(self) -> None:
+        """Makes DDP lay out its buckets for good.
+
+        It does so after its first backward. Done here, ahead of any gradient that counts, a
+        resumed run adds its gradients up in the same order as one that was never stopped.
+        """
+        self.ddp(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).sum().backward()
+        self.ddp.zero_grad()
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Bytes of text that all ranks together train on in a step."""
+        return self.config.batch_size * self.config.seq_len * dist.get_world_size()
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the model, tied ones counted once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def train_step(self) -> Tensor:
+        """Takes one optimizer step and returns this rank's mean loss (a scalar, detached)."""
+        config = self.config
+        inputs, targets = train_batch(
+            self.corpus.train,
+            seed=config.seed,
+            step=self.step,
+            rank=dist.get_rank(),
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+        )
+        logits = self.ddp(inputs.to(self.device))
+        loss = next_byte_losses(logits, targets.to(self.device)).mean()
+        loss.backward()
+        if config.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, config)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Returns the mean validation loss in nats per byte, the same on every rank.
+
+        Ranks: all must call.
+        """
+        config = self.config
+        losses = torch.zeros(config.eval_windows, dtype=torch.float64, device=self.device)
+        for indices, inputs, targets in validation_batches(
+            self.corpus.validation,
+            num_windows=config.eval_windows,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+        ):
+            logits = self.model(inputs.to(self.device))
+            window_losses = next_byte_losses(logits, targets.to(self.device)).mean(dim=1)
+            losses[indices.to(self.device)] = window_losses.double()
+        # Ranks fill different entries of zeros, so this sum is exact in any order.
+        dist.all_reduce(losses)
+        return float(losses.mean())
+
+    def save(self) -> Path:
+        """Writes a checkpoint into the run's folder and returns it. Ranks: all must call."""
+        shared = {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "config": self.config.to_dict(),
+            "train_bytes": len(self.corpus.train),
+        }
+        own = self.comm.state_dict()
+        return checkpoint.save(self.config.out, step=self.step, shared=shared, own=own)
+
+    def load(self, folder: Path) -> None:
+        """Goes on from a checkpoint, exactly where it was written.
+
+        Raises:
+            StateError: The checkpoint belongs to another run: its configuration, text or number
+                of ranks differs. The message names what.
+        """
+        shared, own = checkpoint.load(folder)
+        self._check_same_run(folder, shared)
+        if shared["step"] >= self.config.steps:
+            raise StateError(f"{folder} is at step {shared['step']}: steps must be larger")
+        self.model.load_state_dict(shared["model"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.comm.load_state_dict(own)
+        self.step = shared["step"]
+
+    def _check_same_run(self, folder: Path, shared: dict[str, Any]) -> None:
+        saved = {**shared["config"], "train_bytes": shared["train_bytes"]}
+        now = {**self.config.to_dict(), "train_bytes": len(self.corpus.train)}
+        changed = [
+            f"{name} was {saved.get(name)!r} and is {value!r}"
+            for name, value in now.items()
+            if name not in _FREE_FIELDS and saved.get(name) != value
+        ]
+        if changed:
+            raise StateError(f"{folder} belongs to another run: {', '.join(changed)}")
