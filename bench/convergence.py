@@ -1,7 +1,7 @@
 """Validation loss of the main job, codec against codec, over seeds.
 
-Every run is the real job: ``torchrun`` ranks on gloo, real text, real payloads. Runs that have already
-finished in the output folder are kept, so a broken-off benchmark goes on where it stopped.
+Every run is the real job: ``torchrun`` ranks on gloo, real text, real payloads. Runs that have
+already finished in the output folder are kept, so a broken-off benchmark goes on where it stopped.
 
     python -m bench.convergence --steps 1000 --seeds 0 1 2 -o bench/results/convergence.json
 """

@@ -24,7 +24,11 @@ from commrt.training.model import GPT, next_byte_losses
 from commrt.training.optimizer import learning_rate, make_optimizer
 
 SPECS = [
-    *[f"{name}:block={block}" for name in ("block8", "block4", "loco4") for block in (32, 64, 128, 256, 1024)],
+    *[
+        f"{name}:block={block}"
+        for name in ("block8", "block4", "loco4")
+        for block in (32, 64, 128, 256, 1024)
+    ],
     *[f"loco4:block=128,beta={beta}" for beta in (0.0, 0.5, 0.9, 0.95)],
     "loco4:block=128,residual=4",
     "loco4:block=128,rounding=stochastic",

@@ -30,6 +30,7 @@ from commrt.codecs import (
     with_block,
 )
 from commrt.collectives.layout import Layout, balanced, one_each
+from commrt.collectives.scratch import Scratch
 from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes
 from commrt.errors import ConfigError
@@ -208,6 +209,7 @@ class Reducer:
     gather: Codec
     reduce_group: dist.ProcessGroup | None
     gather_group: dist.ProcessGroup | None
+    scratch: Scratch = dataclasses.field(default_factory=Scratch)
     rank: int = dataclasses.field(init=False)
     world_size: int = dataclasses.field(init=False)
 
@@ -231,7 +233,7 @@ class Reducer:
     ) -> Tensor:
         """Every shard's payload, one after the other."""
         sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
-        send = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
+        send = self.scratch.take("send", sum(sizes), tensors[0].device)
         with _timed(traffic, "codec_s"):
             for rank, slot in enumerate(send.split(sizes)):
                 size = layout.payload_bytes(self.codec, rank)
@@ -250,7 +252,7 @@ class Reducer:
         """Exchange payloads; returns every rank's payload of this rank's shard, (W, bytes)."""
         sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
         own = sizes[self.rank]
-        received = torch.empty(own * self.world_size, dtype=torch.uint8, device=send.device)
+        received = self.scratch.take_received(own * self.world_size, send.device)
         with _timed(traffic, "network_s"):
             dist.all_to_all_single(
                 received, send, [own] * self.world_size, sizes, group=self.reduce_group
@@ -268,12 +270,12 @@ class Reducer:
     ) -> None:
         """Average this rank's shard, gather everybody's, and decode them into the tensors."""
         slot = max(layout.slot_bytes(self.gather, rank) for rank in range(self.world_size))
-        own = torch.empty(slot, dtype=torch.uint8, device=received.device)
+        own = self.scratch.take("own", slot, received.device)
         size = layout.payload_bytes(self.gather, self.rank)
         with _timed(traffic, "codec_s"):
             own[size:].zero_()
             self._average_into(received, layout, self.gather, own[:size])
-        gathered = torch.empty(slot * self.world_size, dtype=torch.uint8, device=received.device)
+        gathered = self.scratch.take("gathered", slot * self.world_size, received.device)
         with _timed(traffic, "network_s"):
             all_gather_single(gathered, own, group=self.gather_group)
         traffic.gather_bytes += slot * (self.world_size - 1)

@@ -34,8 +34,8 @@ class Pipeline(abc.ABC):
         """Queue ``second(first())``; the future has its result, or raises what it raised."""
 
     @abc.abstractmethod
-    def close(self) -> None:
-        """Finish what is queued and give back threads."""
+    def close(self, *, wait: bool = True) -> None:
+        """Finish what is queued and end threads; without ``wait``, later and by themselves."""
 
 
 class FifoWorker:
@@ -60,9 +60,14 @@ class FifoWorker:
         """Run ``job()``, then ``done(result, error)``, both on the worker's thread."""
         self._jobs.put((job, done))
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """Finish what is queued and end the thread."""
         self._jobs.put(None)
+        if wait:
+            self.join()
+
+    def join(self) -> None:
+        """Wait for the thread to end, after :meth:`close`."""
         self._thread.join()
 
     def _run(self) -> None:
@@ -110,10 +115,13 @@ class ThreadPipeline(Pipeline):
         # Future.set_exception would reach DDP as a failed cast; raising in then() arrives intact.
         return outcome.then(_unwrap)
 
-    def close(self) -> None:
+    def close(self, *, wait: bool = True) -> None:
         """See :class:`Pipeline`."""
-        self._first.close()
-        self._second.close()
+        # By the first worker, after its last job, which may still need the second.
+        self._first.submit(lambda: None, lambda *_: self._second.close(wait=False))
+        self._first.close(wait=wait)
+        if wait:
+            self._second.join()
 
 
 class StreamPipeline(Pipeline):
@@ -139,9 +147,10 @@ class StreamPipeline(Pipeline):
             future.set_result(result)  # records an event on the side stream for those who wait
         return future
 
-    def close(self) -> None:
-        """See :class:`Pipeline`."""
-        self._stream.synchronize()
+    def close(self, *, wait: bool = True) -> None:
+        """See :class:`Pipeline`; there is no thread to end."""
+        if wait:
+            self._stream.synchronize()
 
 
 def _unwrap(outcome: Future[Any]) -> Tensor:

@@ -1,6 +1,8 @@
 """The communication of one model: what it compresses, what it has sent, and its residuals."""
 
 import dataclasses
+import functools
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -26,6 +28,10 @@ from commrt.errors import ConfigError, StateError
 from commrt.hooks.report import format_report
 from commrt.hooks.residuals import STATE_VERSION, Residuals
 from commrt.ops import FLOAT_DTYPES
+
+# Elements coded at a time: DDP's first bucket is the whole model, whose payloads would take memory
+# that no later step needs.
+MAX_RUN = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,9 +117,11 @@ class Comm:
         self._exempt: dict[str, tuple[str, int]] = {}
         self._num_compressed = 0
         self._residuals = Residuals(self.codec)
-        self._traffic = Traffic()
+        # One for each leg: they run on threads of their own.
+        self._reduce_traffic, self._gather_traffic = Traffic(), Traffic()
         self._dense_bytes = 0
         self._steps = 0
+        self._first_step = 0
         self._is_detached = False
         self._reducer: Reducer | None = None
         self._pipeline: Pipeline | None = None
@@ -137,6 +145,7 @@ class Comm:
         check_agreement(self._settings(), reduce_group, device)
         is_cuda = device.type == "cuda"
         self._pipeline = StreamPipeline(device) if is_cuda else ThreadPipeline()
+        weakref.finalize(self, self._pipeline.close, wait=False)
 
     def average(
         self, buffer: Tensor, parts: list[tuple[Tensor, Tensor]], is_last: bool
@@ -164,19 +173,25 @@ class Comm:
             whole = [buffer]
             return self._pipeline.submit(lambda: self._exact(whole), lambda _: buffer)
         entries = [Entry(self._bind_one(self._name(param), param), grad) for param, grad in parts]
-        coded = [entry for entry in entries if entry.name not in self._exempt]
         exact = [entry.grad for entry in entries if entry.name in self._exempt]
-        return self._pipeline.submit(
-            lambda: self._reduce(coded, exact, step), lambda sent: self._gather(sent, coded, buffer)
-        )
+        for coded in _runs([entry for entry in entries if entry.name not in self._exempt]):
+            future = self._pipeline.submit(
+                functools.partial(self._reduce, coded, exact, step),
+                functools.partial(self._gather, coded, buffer),
+            )
+            exact = []
+        return future
 
     def stats(self) -> CommStats:
         """What has been sent so far. Call it between steps."""
+        traffic = Traffic()
+        traffic.add(self._reduce_traffic)
+        traffic.add(self._gather_traffic)
         return CommStats(
-            steps=self._steps,
+            steps=self._steps - self._first_step,
             dense_bytes=self._dense_bytes,
             residual_bytes=self._residuals.num_bytes(),
-            **dataclasses.asdict(self._traffic),
+            **dataclasses.asdict(traffic),
         )
 
     def residual_norm(self) -> float:
@@ -229,6 +244,7 @@ class Comm:
             if state[key] != value:
                 raise StateError(f"state dict has {key}={state[key]!r}: must be {value!r} here")
         self._residuals.load_state_dict(state["residuals"])
+        self._first_step += int(state["steps"]) - self._steps
         self._steps = int(state["steps"])
 
     def detach(self) -> None:
@@ -289,13 +305,12 @@ class Comm:
 
     def _exact(self, tensors: list[Tensor]) -> None:
         assert self._reducer is not None
-        self._traffic.add(all_reduce_exact_(tensors, self._reducer.reduce_group))
+        self._reduce_traffic.add(all_reduce_exact_(tensors, self._reducer.reduce_group))
 
     def _reduce(self, coded: list[Entry], exact: list[Tensor], step: int) -> Any:
         """First leg: encode and exchange; uncompressed parameters go in one small all-reduce."""
         assert self._reducer is not None
         received = None
-        traffic = Traffic()
         if coded:
             names = [entry.name for entry in coded]
             grads = [entry.grad for entry in coded]
@@ -305,25 +320,36 @@ class Comm:
             residuals = [self._residuals.get(name) for name in names]
             rank = self._reducer.rank
             seeds = [derive_seed(self.seed, rank, step, name) for name in names]
-            send = self._reducer.encode(grads, layout, residuals, seeds, traffic)
-            received = self._reducer.reduce_leg(send, layout, traffic)
+            send = self._reducer.encode(grads, layout, residuals, seeds, self._reduce_traffic)
+            received = self._reducer.reduce_leg(send, layout, self._reduce_traffic)
         if exact:
             flat = torch.cat(exact)
             self._exact([flat])
             for grad, mean in zip(exact, flat.split([grad.numel() for grad in exact]), strict=True):
                 grad.copy_(mean)
-        self._traffic.add(traffic)
         return received
 
-    def _gather(self, received: Tensor | None, coded: list[Entry], buffer: Tensor) -> Tensor:
+    def _gather(self, coded: list[Entry], buffer: Tensor, received: Tensor | None) -> Tensor:
         """Second leg: average, gather and decode into the bucket."""
         assert self._reducer is not None
         if received is not None:
             grads = [entry.grad for entry in coded]
-            traffic = Traffic()
-            self._reducer.gather_leg(received, self._reducer.layout(grads), grads, traffic)
-            self._traffic.add(traffic)
+            layout = self._reducer.layout(grads)
+            self._reducer.gather_leg(received, layout, grads, self._gather_traffic)
         return buffer
+
+
+def _runs(entries: list[Entry]) -> list[list[Entry]]:
+    """Consecutive entries of at most MAX_RUN elements together, or one larger; at least one run."""
+    runs: list[list[Entry]] = [[]]
+    numel = 0
+    for entry in entries:
+        if runs[-1] and numel + entry.grad.numel() > MAX_RUN:
+            runs.append([])
+            numel = 0
+        runs[-1].append(entry)
+        numel += entry.grad.numel()
+    return runs
 
 
 def _completed(result: Tensor) -> Future[Tensor]:

@@ -1,0 +1,233 @@
+"""Speed and error of every kernel, against what this core's memory can do in the same run.
+
+Sizes as in nccl-tests: `size(B)` is the uncompressed gradient, `wire(B)` the payload, `GB/s` the
+bytes the kernel must move (`moved`: read and written) a second, and `of_copy` that rate over the
+one of a non-temporal copy measured in the same interleaved rounds. Every instruction set is checked
+against the reference before it is timed; `#wrong` counts the bytes that differ.
+
+    python -m bench.codecs -b 128M -n 20 -J bench/results/codecs.json
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import harness
+from commrt import ops
+from commrt.ops import BlockFormat, reference
+from commrt.ops.native import native
+
+CHECKED_BLOCKS = 512
+NUM_PAYLOADS = 4
+COLUMNS = [
+    "kernel", "isa", "bits", "block", "dtype", "size(B)", "wire(B)", "time(us)", "p10", "p90",
+    "GB/s", "of_copy", "nmse", "#wrong",
+]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Case:
+    """A kernel on given tensors."""
+
+    row: dict[str, Any]
+    isa: str
+    moved: float
+    call: Callable[[], object]
+    times_s: list[float] = dataclasses.field(default_factory=list)
+
+    def time_once(self) -> None:
+        """One timed call."""
+        native.select_isa(self.isa)
+        begin = time.perf_counter()
+        self.call()
+        self.times_s.append(time.perf_counter() - begin)
+
+
+class Data:
+    """Inputs that all cases share, and one case for each kernel and format."""
+
+    def __init__(self, numel: int, dtype: torch.dtype) -> None:
+        generator = torch.Generator().manual_seed(0)
+        normal = torch.randn(numel, generator=generator)
+        self.grad = (normal * torch.rand(numel, generator=generator)).to(dtype)
+        self.output = torch.zeros(numel, dtype=dtype)
+        self.dtype = dtype
+        self.numel = numel
+
+    def payload(self, fmt: BlockFormat) -> Tensor:
+        """Zeros of a payload's size; touched, so that no page fault is timed."""
+        size = fmt.payload_bytes(fmt.num_blocks(self.numel))
+        return torch.zeros(size, dtype=torch.uint8)
+
+    def cases(self, isa: str, bits: int, block: int) -> list[Case]:
+        """Every kernel of one format."""
+        fmt = BlockFormat(bits=bits, block=block, levels="mean" if bits <= 2 else "absmax")
+        back = BlockFormat(bits=8, block=block)
+        payload, residual, returned = self.payload(fmt), self.payload(back), self.payload(back)
+        stack = torch.zeros(NUM_PAYLOADS, payload.numel(), dtype=torch.uint8)
+        for row in stack:
+            ops.block_encode(self.grad, row, fmt)
+        dense = self.grad.element_size()
+        coded, returned_bytes = fmt.block_bytes / block, back.block_bytes / block
+        grad, output = self.grad, self.output
+        make = {
+            "block_encode": (
+                dense + coded,
+                lambda: ops.block_encode(grad, payload, fmt),
+            ),
+            "loco_encode": (
+                dense + coded + 2 * returned_bytes,
+                lambda: ops.loco_encode(grad, residual, payload, fmt),
+            ),
+            "decode_average": (
+                NUM_PAYLOADS * coded + dense,
+                lambda: ops.decode_average(stack, output, fmt),
+            ),
+            "decode_average_encode": (
+                NUM_PAYLOADS * coded + returned_bytes,
+                lambda: ops.decode_average_encode(stack, returned, fmt, back),
+            ),
+            "block_decode": (
+                dense + coded,
+                lambda: ops.block_decode(payload, output, fmt),
+            ),
+        }
+        error = _nmse(self.grad, fmt)
+        shared = {
+            "isa": isa,
+            "bits": bits,
+            "block": block,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "size(B)": self.numel * dense,
+            "wire(B)": payload.numel(),
+            "nmse": error,
+            "#wrong": _num_wrong(isa, self.grad, fmt),
+        }
+        return [
+            Case({"kernel": kernel, **shared}, isa, moved * self.numel, call)
+            for kernel, (moved, call) in make.items()
+        ]
+
+    def yardsticks(self, isa: str) -> list[Case]:
+        """The non-temporal copy and the plain read."""
+        source = torch.ones(self.numel)
+        target = torch.zeros(self.numel)
+        blank = {column: "-" for column in COLUMNS}
+        common = {**blank, "isa": isa, "dtype": "float32", "size(B)": 4 * self.numel, "#wrong": 0}
+        addresses = source.data_ptr(), target.data_ptr()
+        return [
+            Case(
+                {**common, "kernel": "copy (non-temporal)"},
+                isa,
+                8 * self.numel,
+                lambda: (native.copy_stream(*addresses, self.numel), source, target),
+            ),
+            Case(
+                {**common, "kernel": "read"},
+                isa,
+                4 * self.numel,
+                lambda: (native.read_all(addresses[0], self.numel), source),
+            ),
+        ]
+
+
+def measure(cases: list[Case], iterations: int, warmup: int) -> list[dict[str, Any]]:
+    """Time all cases in interleaved rounds; rows with medians, the first case being the copy."""
+    for _ in range(warmup):
+        for case in cases:
+            case.call()
+    for _ in range(iterations):
+        for case in cases:
+            case.time_once()
+    rates = [case.moved / statistics.median(case.times_s) / 1e9 for case in cases]
+    rows = []
+    for case, rate in zip(cases, rates, strict=True):
+        deciles = statistics.quantiles(case.times_s, n=10)
+        times = {
+            "time(us)": statistics.median(case.times_s) * 1e6,
+            "p10": deciles[0] * 1e6,
+            "p90": deciles[-1] * 1e6,
+            "GB/s": rate,
+            "of_copy": rate / rates[0],
+        }
+        rows.append({**case.row, **times, "moved": case.moved})
+    return rows
+
+
+def _nmse(grad: Tensor, fmt: BlockFormat) -> float:
+    sample = grad[: 1 << 20]
+    payload = torch.empty(fmt.payload_bytes(fmt.num_blocks(sample.numel())), dtype=torch.uint8)
+    decoded = torch.empty(sample.numel())
+    ops.block_encode(sample, payload, fmt)
+    ops.block_decode(payload, decoded, fmt)
+    exact = sample.float()
+    return float((decoded - exact).square().sum() / exact.square().sum())
+
+
+def _num_wrong(isa: str, grad: Tensor, fmt: BlockFormat) -> int:
+    """Bytes in which this path's LoCo payload and residual differ from the reference's."""
+    native.select_isa(isa)
+    sample = grad[: CHECKED_BLOCKS * fmt.block]
+    blocks = fmt.num_blocks(sample.numel())
+    back = BlockFormat(bits=8, block=fmt.block)
+    sizes = (fmt.payload_bytes(blocks), back.payload_bytes(blocks))
+    own, expected = ([torch.zeros(size, dtype=torch.uint8) for size in sizes] for _ in range(2))
+    for _ in range(3):
+        ops.loco_encode(sample, own[1], own[0], fmt)
+        reference.loco_encode(
+            sample, expected[1], expected[0], fmt.bits, fmt.block, fmt.mean_levels,
+            0.8, 8, False, 0, 0, blocks, 0,
+        )  # fmt: skip
+    pairs = zip(own, expected, strict=True)
+    return sum(int((mine != theirs).sum()) for mine, theirs in pairs)
+
+
+def _parse_size(text: str) -> int:
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("-b", "--bytes", type=_parse_size, default=128 << 20, help="fp32 size")
+    parser.add_argument("-n", "--iterations", type=int, default=20)
+    parser.add_argument("-w", "--warmup", type=int, default=2)
+    parser.add_argument(
+        "-d", "--dtype", default="float32", choices=["float32", "bfloat16", "float16"]
+    )
+    parser.add_argument("-t", "--threads", type=int, default=1)
+    parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 4, 8])
+    parser.add_argument("--blocks", nargs="+", type=int, default=[128])
+    parser.add_argument("--isa", nargs="+", help="default: all that this machine has")
+    parser.add_argument("-J", "--json", type=Path, help="JSON file")
+    args = parser.parse_args()
+    if native is None:
+        parser.exit(1, f"no native module: {ops.status()}\n")
+    torch.set_num_threads(args.threads)
+    data = Data(args.bytes // 4, getattr(torch, args.dtype))
+    rows = []
+    for isa in args.isa or native.available_isas():
+        cases = data.yardsticks(isa)
+        for block in args.blocks:
+            for bits in args.bits:
+                cases += data.cases(isa, bits, block)
+        rows += measure(cases, args.iterations, args.warmup)
+    harness.print_table(COLUMNS, rows)
+    wrong = sum(row["#wrong"] for row in rows)
+    print(f"# Out of bounds values : {wrong} {'OK' if wrong == 0 else 'FAILED'}")
+    if args.json:
+        config = {key: value for key, value in vars(args).items() if key != "json"}
+        harness.save(args.json, config=config, results=rows)
+    parser.exit(0 if wrong == 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

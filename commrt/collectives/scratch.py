@@ -1,0 +1,33 @@
+"""Payload buffers kept from bucket to bucket: no page faults, no fragmented heap."""
+
+import itertools
+
+import torch
+from torch import Tensor
+
+# One payload is being received, one waits for the gather leg, one is in it.
+RECEIVED_IN_FLIGHT = 3
+
+
+class Scratch:
+    """Named uint8 buffers that grow to the largest size asked for. One caller a name at a time."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Tensor] = {}
+        self._turns = itertools.cycle(range(RECEIVED_IN_FLIGHT))
+
+    def take(self, name: str, num_bytes: int, device: torch.device) -> Tensor:
+        """The buffer of this name, with undefined content; what it held before is lost."""
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.numel() < num_bytes:
+            self._buffers.pop(name, None)
+            buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        return buffer[:num_bytes]
+
+    def take_received(self, num_bytes: int, device: torch.device) -> Tensor:
+        """A buffer that stays untouched while the next two are taken."""
+        return self.take(f"received {next(self._turns)}", num_bytes, device)
+
+    def num_bytes(self) -> int:
+        """Memory of all buffers."""
+        return sum(buffer.numel() for buffer in self._buffers.values())
