@@ -2,8 +2,12 @@
 
 A payload of B blocks is ``codes | scales``, nothing else::
 
-    codes    B * block * bits / 8 bytes   two's complement, a little-endian bit stream
+    codes    B * block * bits / 8 bytes   two's complement, see below
     scales   B * 2 bytes                  bfloat16, one a block
+
+The codes of 32 consecutive elements lie together. At 1, 2 and 8 bits they are a little-endian bit
+stream; at 4 bits, byte j holds element j in its low half and element j + 16 in its high half, which
+saves vector units the shuffles of neighbours.
 
 A tensor is cut into blocks from its first element; the last block is padded with zeros. Where the
 maximum or the mean of a block is not finite its scale is NaN, so that every element decodes to NaN.

@@ -10,6 +10,7 @@ from torch import Tensor
 from commrt.ops.format import SCALE_BYTES, BlockFormat
 
 LANES = 16
+GROUP = 32
 STREAM_CODES = 0
 STREAM_RESIDUAL = 1
 
@@ -228,13 +229,20 @@ def _quantise(
     return torch.where(is_codable_B, code_BK, 0.0).long()
 
 
+def _by_byte(raw_BK: Tensor, fmt: BlockFormat) -> Tensor:
+    """Codes with those that share a byte in the last dimension, lowest bits first."""
+    if fmt.bits == 4:
+        return raw_BK.view(-1, 2, GROUP // 2).transpose(1, 2)
+    return raw_BK.view(-1, 8 // fmt.bits)
+
+
 def _write(payload: Tensor, fmt: BlockFormat, at: int, codes_BK: Tensor, scale_B: Tensor) -> None:
     total = payload.numel() // fmt.block_bytes
     num_blocks = scale_B.numel()
     raw_BK = (codes_BK < 0).long() if fmt.bits == 1 else codes_BK & ((1 << fmt.bits) - 1)
-    raw = raw_BK.view(num_blocks, fmt.code_bytes, 8 // fmt.bits)
-    place = torch.arange(0, 8, fmt.bits, device=raw.device)
-    packed = (raw << place).sum(dim=-1).to(torch.uint8)
+    place = torch.arange(0, 8, fmt.bits, device=raw_BK.device)
+    packed = (_by_byte(raw_BK, fmt) << place).sum(dim=-1).to(torch.uint8)
+    packed = packed.view(num_blocks, fmt.code_bytes)
     code_region = payload[: total * fmt.code_bytes].view(total, fmt.code_bytes)
     scale_region = payload[total * fmt.code_bytes :].view(total, SCALE_BYTES)
     code_region[at : at + num_blocks] = packed
@@ -249,7 +257,10 @@ def _read(payload: Tensor, fmt: BlockFormat, at: int, num_blocks: int) -> tuple[
     scale_B = scale_region[at : at + num_blocks].clone().view(torch.bfloat16).view(num_blocks)
     packed = code_region[at : at + num_blocks].long()
     place = torch.arange(0, 8, fmt.bits, device=packed.device)
-    raw_BK = ((packed[..., None] >> place) & ((1 << fmt.bits) - 1)).view(num_blocks, fmt.block)
+    raw = (packed[..., None] >> place) & ((1 << fmt.bits) - 1)
+    if fmt.bits == 4:
+        raw = raw.view(-1, GROUP // 2, 2).transpose(1, 2)
+    raw_BK = raw.reshape(num_blocks, fmt.block)
     if fmt.bits == 1:
         return 1 - 2 * raw_BK, scale_B
     sign = 1 << (fmt.bits - 1)

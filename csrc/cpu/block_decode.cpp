@@ -11,9 +11,11 @@ void decode_blocks(const BlockDecodeArgs& args, std::int64_t begin, std::int64_t
     const Vf scale = broadcast(bf16_to_float(args.payload.scales[index]));
     write_block<dtype>(args.output, block, index, [&](auto sink) COMMRT_INLINE_LAMBDA {
       COMMRT_UNROLL
-      for (int i = 0; i < block; i += kLanes) {
-        prefetch(codes + i * bits / 8 + kPrefetchBytes / 2);
-        sink(i, mul(load_codes<bits>(codes + i * bits / 8), scale));
+      for (int i = 0; i < block; i += kGroup) {
+        prefetch(codes + i * bits / 8 + kPrefetchBytes / 4);
+        const Group group = load_codes<bits>(codes + i * bits / 8);
+        sink(i, mul(group.first, scale));
+        sink(i + kLanes, mul(group.second, scale));
       }
     });
   }

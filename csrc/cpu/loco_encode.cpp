@@ -30,16 +30,24 @@ COMMRT_PHASE void compensate(const LocoEncodeArgs& args, Tile& tile) {
     float* error_codes = tile.error_codes.value + b * block;
     Vu most = zero_words();
     COMMRT_UNROLL
-    for (int i = 0; i < block; i += kLanes) {
+    for (int i = 0; i < block; i += kGroup) {
       prefetch(grad + i * size + kPrefetchBytes);
-      const Vf e = load_codes<residual_bits>(error + i * residual_bits / 8);
-      const Vf h = exact_fma(e, scale, load<dtype>(grad + i * size));
-      most = max_words(most, abs_bits(h));
-      store<DType::kFloat32>(error_codes + i, e);
-      store<DType::kFloat32>(value + i, h);
+      if constexpr (size == 4) prefetch(grad + i * size + kPrefetchBytes + 64);
+      const Group e = load_codes<residual_bits>(error + i * residual_bits / 8);
+      const Group h = {exact_fma(e.first, scale, load<dtype>(grad + i * size)),
+                       exact_fma(e.second, scale, load<dtype>(grad + (i + kLanes) * size))};
+      most = max_words(most, max_words(abs_bits(h.first), abs_bits(h.second)));
+      store_group(error_codes + i, e);
+      store_group(value + i, h);
     }
     tile.absmax[b] = max_lanes(most);
   }
+}
+
+// beta e + (1 - beta) (h - Q(h))
+COMMRT_INLINE Vf update(Vf error_codes, Vf kept_scale, Vf h, Vf level, Vf sent_scale, Vf release) {
+  const Vf missed = exact_fnma(round_even(level), sent_scale, h);
+  return add(mul(error_codes, kept_scale), mul(release, missed));
 }
 
 // Codes of a block of h, and beta e + (1 - beta) (h - Q(h)) in its place; returns the bits of the
@@ -53,14 +61,14 @@ COMMRT_INLINE std::uint32_t quantise_and_update(float* value, const float* error
   const Vf keep = broadcast(kept_scale), release = broadcast(release_share);
   Vf most = broadcast(0.0f);
   COMMRT_UNROLL
-  for (int i = 0; i < block; i += kLanes) {
-    const Vf h = load<DType::kFloat32>(value + i);
-    const Vf level = to_level<bits>(h, inverse, uniform == nullptr ? nullptr : uniform + i);
+  for (int i = 0; i < block; i += kGroup) {
+    const Group h = load_group(value + i), e = load_group(error_codes + i);
+    const Group level = to_levels<bits>(h, inverse, uniform == nullptr ? nullptr : uniform + i);
     store_codes<bits>(codes + i * bits / 8, level);
-    const Vf missed = mul(release, exact_fnma(round_even(level), sent_scale, h));
-    const Vf updated = add(mul(load<DType::kFloat32>(error_codes + i), keep), missed);
-    most = max_magnitude(most, updated);
-    store<DType::kFloat32>(value + i, updated);
+    const Group updated = {update(e.first, keep, h.first, level.first, sent_scale, release),
+                           update(e.second, keep, h.second, level.second, sent_scale, release)};
+    most = max_magnitude(max_magnitude(most, updated.first), updated.second);
+    store_group(value + i, updated);
   }
   return max_lanes(abs_bits(most));
 }

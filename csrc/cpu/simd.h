@@ -5,9 +5,8 @@
 //   load<DType>   store<DType>  stream<DType>   lanes from and to memory; stream() bypasses the caches
 //   exact_fma     a * b + c where a * b is exact, so fusing cannot change the result
 //   sum_lanes     pairwise: lane i with lane i + 8, then + 4, + 2, + 1
-//   load_codes<bits>  store_codes<bits>      sixteen codes, a little-endian stream of two's complement;
-//                 storing rounds to nearest even
-//   COMMRT_UNROLL before loops over the vectors of a block, a third of whose time would be bookkeeping
+//   load_codes<bits>  store_codes<bits>   the codes of a group, 32 elements, as commrt/ops/format.py
+//                 lays them out; storing rounds to nearest even
 //   fill_uniform  the random numbers of elements [index, index + count), both multiples of 32; writes
 //                 up to kUniformSlack floats more
 //
@@ -41,6 +40,7 @@
 namespace commrt::COMMRT_ISA {
 
 constexpr int kLanes = 16;
+constexpr int kGroup = 32;  // elements whose codes are packed together
 constexpr int kUniformSlack = 32;
 
 constexpr std::int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }

@@ -5,7 +5,7 @@
 
 #include <cstring>
 
-#define COMMRT_UNROLL _Pragma("GCC unroll 4")
+#define COMMRT_UNROLL _Pragma("GCC unroll 2")
 
 namespace commrt::COMMRT_ISA {
 
@@ -14,6 +14,9 @@ struct Vf {
 };
 struct Vu {
   __m256i low, high;
+};
+struct Group {
+  Vf first, second;
 };
 
 COMMRT_INLINE Vf broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
@@ -54,7 +57,7 @@ COMMRT_INLINE Vu zero_words() { return {_mm256_setzero_si256(), _mm256_setzero_s
 COMMRT_INLINE Vu max_words(Vu a, Vu b) {
   return {_mm256_max_epu32(a.low, b.low), _mm256_max_epu32(a.high, b.high)};
 }
-// The larger magnitude of two finite numbers, with any sign.
+// max(a, |b|) of finite numbers, a >= 0.
 COMMRT_INLINE Vf max_magnitude(Vf a, Vf b) {
   const Vf x = as_floats(abs_bits(b));
   return {_mm256_max_ps(a.low, x.low), _mm256_max_ps(a.high, x.high)};
@@ -144,7 +147,7 @@ COMMRT_INLINE void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 
-// Eight codes of 1, 2 or 4 bits: the word in every lane, shifted so that the lane's code is on top.
+// Eight codes of 1 or 2 bits: the word in every lane, shifted so that the lane's code is on top.
 template <int bits>
 COMMRT_INLINE __m256 top_codes(std::uint32_t word) {
   const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
@@ -153,16 +156,21 @@ COMMRT_INLINE __m256 top_codes(std::uint32_t word) {
   const __m256i top = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(word)), shift);
   return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 32 - bits));
 }
+COMMRT_INLINE Vf widen_bytes(__m128i bytes) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
+          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
+}
+COMMRT_INLINE __m128i narrow_to_bytes(Vf x) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high));
+  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
+  return _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
+}
+
+// Sixteen codes of 1, 2 or 8 bits.
 template <int bits>
-COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
+COMMRT_INLINE Vf load_run(const std::uint8_t* from) {
   if constexpr (bits == 8) {
-    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-            _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-  } else if constexpr (bits == 4) {
-    std::uint32_t word[2];
-    std::memcpy(word, from, sizeof word);
-    return {top_codes<4>(word[0]), top_codes<4>(word[1])};
+    return widen_bytes(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   } else if constexpr (bits == 2) {
     std::uint16_t word[2];
     std::memcpy(word, from, sizeof word);
@@ -174,32 +182,46 @@ COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
   }
 }
 template <int bits>
-COMMRT_INLINE void store_codes(std::uint8_t* to, Vf codes) {
-  if constexpr (bits == 1) {
+COMMRT_INLINE void store_run(std::uint8_t* to, Vf codes) {
+  if constexpr (bits == 8) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), narrow_to_bytes(codes));
+  } else if constexpr (bits == 2) {
+    const __m128i crumbs = _mm_and_si128(narrow_to_bytes(codes), _mm_set1_epi8(3));
+    const __m128i pairs = _mm_maddubs_epi16(crumbs, _mm_set1_epi16(0x0401));
+    const __m128i quads = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
+    _mm_storeu_si32(to, _mm_packus_epi16(_mm_packus_epi32(quads, quads), quads));
+  } else {
     const __m256 zero = _mm256_setzero_ps();
     to[0] =
         static_cast<std::uint8_t>(_mm256_movemask_ps(_mm256_cmp_ps(codes.low, zero, _CMP_LT_OQ)));
     to[1] =
         static_cast<std::uint8_t>(_mm256_movemask_ps(_mm256_cmp_ps(codes.high, zero, _CMP_LT_OQ)));
-    return;
   }
-  const __m256i words =
-      _mm256_packs_epi32(_mm256_cvtps_epi32(codes.low), _mm256_cvtps_epi32(codes.high));
-  const __m256i ordered = _mm256_permute4x64_epi64(words, 0xd8);
-  const __m128i bytes =
-      _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1));
-  if constexpr (bits == 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
-  } else if constexpr (bits == 4) {
-    const __m128i nibbles = _mm_and_si128(bytes, _mm_set1_epi8(0xf));
-    const __m128i pairs = _mm_maddubs_epi16(nibbles, _mm_set1_epi16(0x1001));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(pairs, pairs));
-  } else if constexpr (bits == 2) {
-    const __m128i crumbs = _mm_and_si128(bytes, _mm_set1_epi8(3));
-    const __m128i pairs = _mm_maddubs_epi16(crumbs, _mm_set1_epi16(0x0401));
-    const __m128i quads = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
-    const __m128i packed = _mm_packus_epi16(_mm_packus_epi32(quads, quads), quads);
-    _mm_storeu_si32(to, packed);
+}
+template <int bits>
+COMMRT_INLINE Group load_codes(const std::uint8_t* from) {
+  if constexpr (bits == 4) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    const __m128i mask = _mm_set1_epi8(0xf), sign = _mm_set1_epi8(8);
+    const __m128i first = _mm_and_si128(bytes, mask);
+    const __m128i second = _mm_and_si128(_mm_srli_epi16(bytes, 4), mask);
+    return {widen_bytes(_mm_sub_epi8(_mm_xor_si128(first, sign), sign)),
+            widen_bytes(_mm_sub_epi8(_mm_xor_si128(second, sign), sign))};
+  } else {
+    return {load_run<bits>(from), load_run<bits>(from + 2 * bits)};
+  }
+}
+template <int bits>
+COMMRT_INLINE void store_codes(std::uint8_t* to, Group codes) {
+  if constexpr (bits == 4) {
+    const __m128i mask = _mm_set1_epi8(0xf);
+    const __m128i first = _mm_and_si128(narrow_to_bytes(codes.first), mask);
+    const __m128i second = _mm_and_si128(narrow_to_bytes(codes.second), mask);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_or_si128(first, _mm_slli_epi16(second, 4)));
+  } else {
+    store_run<bits>(to, codes.first);
+    store_run<bits>(to + 2 * bits, codes.second);
   }
 }
 

@@ -5,12 +5,15 @@
 
 #include <cstring>
 
-#define COMMRT_UNROLL _Pragma("GCC unroll 8")
+#define COMMRT_UNROLL _Pragma("GCC unroll 4")
 
 namespace commrt::COMMRT_ISA {
 
 using Vf = __m512;
 using Vu = __m512i;
+struct Group {
+  Vf first, second;
+};
 
 COMMRT_INLINE Vf broadcast(float x) { return _mm512_set1_ps(x); }
 COMMRT_INLINE Vf add(Vf a, Vf b) { return _mm512_add_ps(a, b); }
@@ -33,7 +36,7 @@ COMMRT_INLINE Vu abs_bits(Vf x) {
 COMMRT_INLINE Vf as_floats(Vu x) { return _mm512_castsi512_ps(x); }
 COMMRT_INLINE Vu zero_words() { return _mm512_setzero_si512(); }
 COMMRT_INLINE Vu max_words(Vu a, Vu b) { return _mm512_max_epu32(a, b); }
-// The larger magnitude of two finite numbers, with any sign.
+// max(a, |b|) of finite numbers, a >= 0.
 COMMRT_INLINE Vf max_magnitude(Vf a, Vf b) { return _mm512_range_ps(a, b, 0x0b); }
 COMMRT_INLINE float sum_lanes(Vf x) {
   const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
@@ -100,27 +103,20 @@ COMMRT_INLINE void prefetch(const void* address) {
   _mm_prefetch(static_cast<const char*>(address), _MM_HINT_T0);
 }
 
+// Sixteen codes of 1, 2 or 8 bits.
 template <int bits>
-COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
+COMMRT_INLINE Vf load_run(const std::uint8_t* from) {
   if constexpr (bits == 8) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
-  } else if constexpr (bits == 4) {
-    // A byte per quadword, its high nibble copied into the upper lane; the permute looks at the low
-    // four bits of each lane only.
-    const __m512i pairs =
-        _mm512_cvtepu8_epi64(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-    const __m512i nibbles = _mm512_or_si512(pairs, _mm512_slli_epi64(pairs, 28));
-    const __m512 value_of = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
-    return _mm512_permutexvar_ps(nibbles, value_of);
   } else if constexpr (bits == 2) {
     std::uint32_t word;
     std::memcpy(&word, from, sizeof word);
     const __m512i shift =
         _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
-    const __m512i pairs = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word)), shift);
+    const __m512i crumbs = _mm512_srlv_epi32(_mm512_set1_epi32(static_cast<int>(word)), shift);
     const __m512 value_of = _mm512_setr_ps(0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1, 0, 1, -2, -1);
-    return _mm512_permutexvar_ps(pairs, value_of);
+    return _mm512_permutexvar_ps(crumbs, value_of);
   } else {
     std::uint16_t word;
     std::memcpy(&word, from, sizeof word);
@@ -128,24 +124,44 @@ COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
   }
 }
 template <int bits>
-COMMRT_INLINE void store_codes(std::uint8_t* to, Vf codes) {
-  if constexpr (bits == 1) {
-    const std::uint16_t word = _mm512_cmp_ps_mask(codes, _mm512_setzero_ps(), _CMP_LT_OQ);
-    std::memcpy(to, &word, sizeof word);
-    return;
-  }
-  const __m512i integers = _mm512_cvtps_epi32(codes);
+COMMRT_INLINE void store_run(std::uint8_t* to, Vf codes) {
   if constexpr (bits == 8) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(integers));
-  } else if constexpr (bits == 4) {
-    const __m512i nibbles = _mm512_and_si512(integers, _mm512_set1_epi32(0xf));
-    const __m512i pairs = _mm512_or_si512(nibbles, _mm512_srli_epi64(nibbles, 28));
-    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm512_cvtepi64_epi8(pairs));
+    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(codes));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), bytes);
   } else if constexpr (bits == 2) {
-    const __m128i bytes = _mm512_cvtepi32_epi8(_mm512_and_si512(integers, _mm512_set1_epi32(3)));
-    const __m128i pairs = _mm_maddubs_epi16(bytes, _mm_set1_epi16(0x0401));
+    const __m512i integers = _mm512_and_si512(_mm512_cvtps_epi32(codes), _mm512_set1_epi32(3));
+    const __m128i pairs = _mm_maddubs_epi16(_mm512_cvtepi32_epi8(integers), _mm_set1_epi16(0x0401));
     const __m128i quads = _mm_madd_epi16(pairs, _mm_set1_epi32(0x00100001));
     _mm_storeu_si32(to, _mm_cvtepi32_epi8(quads));
+  } else {
+    const std::uint16_t word = _mm512_cmp_ps_mask(codes, _mm512_setzero_ps(), _CMP_LT_OQ);
+    std::memcpy(to, &word, sizeof word);
+  }
+}
+template <int bits>
+COMMRT_INLINE Group load_codes(const std::uint8_t* from) {
+  if constexpr (bits == 4) {
+    // The permute looks at the low four bits of each lane only.
+    const __m512i bytes =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m512 value_of = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1);
+    return {_mm512_permutexvar_ps(bytes, value_of),
+            _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), value_of)};
+  } else {
+    return {load_run<bits>(from), load_run<bits>(from + 2 * bits)};
+  }
+}
+template <int bits>
+COMMRT_INLINE void store_codes(std::uint8_t* to, Group codes) {
+  if constexpr (bits == 4) {
+    const __m512i high = _mm512_slli_epi32(_mm512_cvtps_epi32(codes.second), 4);
+    constexpr int and_or = 0xea;
+    const __m512i bytes = _mm512_ternarylogic_epi32(_mm512_cvtps_epi32(codes.first),
+                                                    _mm512_set1_epi32(0xf), high, and_or);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(bytes));
+  } else {
+    store_run<bits>(to, codes.first);
+    store_run<bits>(to + 2 * bits, codes.second);
   }
 }
 

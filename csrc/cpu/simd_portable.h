@@ -10,6 +10,9 @@ namespace commrt::COMMRT_ISA {
 
 typedef float Vf __attribute__((vector_size(64)));
 typedef std::uint32_t Vu __attribute__((vector_size(64)));
+struct Group {
+  Vf first, second;
+};
 
 #define COMMRT_EACH_LANE for (int i = 0; i < 16; ++i)
 #define COMMRT_LANEWISE static __attribute__((noinline, unused))
@@ -44,7 +47,7 @@ COMMRT_INLINE Vf as_floats(Vu x) {
 }
 COMMRT_INLINE Vu zero_words() { return Vu{}; }
 COMMRT_INLINE Vu max_words(Vu a, Vu b) { return a > b ? a : b; }
-// The larger magnitude of two finite numbers, with any sign.
+// max(a, |b|) of finite numbers, a >= 0.
 COMMRT_INLINE Vf max_magnitude(Vf a, Vf b) {
   return as_floats(max_words(abs_bits(a), abs_bits(b)));
 }
@@ -109,43 +112,48 @@ COMMRT_INLINE void stream(void* to, Vf x) {
 COMMRT_INLINE void stream_fence() {}
 COMMRT_INLINE void prefetch(const void* address) { __builtin_prefetch(address); }
 
+// Where the code of element i (of 32) lies: see commrt/ops/format.py.
+template <int bits>
+COMMRT_INLINE int byte_of(int i) {
+  return bits == 4 ? i % 16 : i * bits / 8;
+}
+template <int bits>
+COMMRT_INLINE int shift_of(int i) {
+  return bits == 4 ? i / 16 * 4 : i * bits % 8;
+}
 template <int bits>
 COMMRT_LANEWISE void unpack(const std::uint8_t* from, float* lane) {
-  constexpr int per_byte = 8 / bits;
-  COMMRT_EACH_LANE {
-    const std::uint32_t byte = from[i / per_byte];
-    const auto top = static_cast<std::int32_t>(byte << (32 - bits - bits * (i % per_byte)));
+  for (int i = 0; i < 32; ++i) {
+    const std::uint32_t byte = from[byte_of<bits>(i)];
+    const auto top = static_cast<std::int32_t>(byte << (32 - bits - shift_of<bits>(i)));
     const auto code = static_cast<float>(top >> (32 - bits));
     lane[i] = bits == 1 ? 1.0f + 2.0f * code : code;  // a set bit arrives as -1
   }
 }
 template <int bits>
 COMMRT_LANEWISE void pack(const float* lane, std::uint8_t* to) {
-  constexpr int per_byte = 8 / bits;
   constexpr std::uint32_t mask = (1u << bits) - 1;
-  for (int byte = 0; byte < 2 * bits; ++byte) {
-    std::uint32_t packed = 0;
-    for (int k = 0; k < per_byte; ++k) {
-      const auto code = static_cast<std::int32_t>(lane[byte * per_byte + k]);
-      const std::uint32_t raw = bits == 1 ? code < 0 : static_cast<std::uint32_t>(code) & mask;
-      packed |= raw << (bits * k);
-    }
-    to[byte] = static_cast<std::uint8_t>(packed);
+  std::uint8_t bytes[4 * bits] = {};
+  for (int i = 0; i < 32; ++i) {
+    const auto code = static_cast<std::int32_t>(lane[i]);
+    const std::uint32_t raw = bits == 1 ? code < 0 : static_cast<std::uint32_t>(code) & mask;
+    bytes[byte_of<bits>(i)] |= static_cast<std::uint8_t>(raw << shift_of<bits>(i));
   }
+  std::memcpy(to, bytes, sizeof bytes);
 }
 template <int bits>
-COMMRT_INLINE Vf load_codes(const std::uint8_t* from) {
-  Vf r;
-  float lane[16];
+COMMRT_INLINE Group load_codes(const std::uint8_t* from) {
+  Group codes;
+  float lane[32];
   unpack<bits>(from, lane);
-  std::memcpy(&r, lane, sizeof r);
-  return r;
+  std::memcpy(&codes, lane, sizeof codes);
+  return codes;
 }
 template <int bits>
-COMMRT_INLINE void store_codes(std::uint8_t* to, Vf codes) {
-  float lane[16];
-  codes = round_even(codes);
-  std::memcpy(lane, &codes, sizeof lane);
+COMMRT_INLINE void store_codes(std::uint8_t* to, Group codes) {
+  const Group rounded = {round_even(codes.first), round_even(codes.second)};
+  float lane[32];
+  std::memcpy(lane, &rounded, sizeof lane);
   pack<bits>(lane, to);
 }
 
