@@ -18,7 +18,10 @@ from typing import Any
 
 from bench import harness
 
-CODECS = ("none", "loco4", "loco2", "block2", "loco4:block=1024", "block4:block=1024")
+CODECS = (
+    *("none", "loco4", "loco2", "loco2:beta=0.8", "block2"),
+    *("loco4:block=1024", "block4:block=1024"),
+)
 
 
 def train(codec: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -39,6 +39,7 @@ SPECS = [
         for levels in ("absmax", "mean")
         for block in (32, 64, 128, 256)
     ],
+    *[f"loco2:block=128,beta={beta}" for beta in (0.5, 0.8, 0.9)],
     "loco2:block=128,residual=4",
     *[f"{name}:block={block}" for name in ("block1", "loco1") for block in (32, 128)],
 ]  # fmt: skip

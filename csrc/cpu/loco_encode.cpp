@@ -91,6 +91,8 @@ COMMRT_PHASE void send(const LocoEncodeArgs& args, const TileScales& scales, Til
         quantise_and_update<bits>(tile.value.value + b * block, tile.error_codes.value + b * block,
                                   args.beta * error_scale, 1.0f - args.beta, scales.scale[b],
                                   scales.inverse[b], block, rounding.draw(draws, block, b), codes);
+    // A block too small for a scale has no signs either: its codes are zero at any width.
+    if (bits == 1 && scales.scale[b] == 0) zero_codes(codes, bits, block);
   }
 }
 
