@@ -34,7 +34,7 @@ class Codec(abc.ABC):
     @property
     @abc.abstractmethod
     def spec(self) -> str:
-        """The canonical spec string: ``parse(codec.spec) == codec``."""
+        """The canonical spec string, which ``parse`` turns into a codec that sends the same."""
 
     @abc.abstractmethod
     def payload_bytes(self, num_blocks: int) -> int:

@@ -8,6 +8,8 @@ from torch import Tensor
 from commrt import ops
 from commrt.codecs.base import Codec, Window
 from commrt.codecs.block import DEFAULT_BLOCK, BlockCodec
+from commrt.errors import ConfigError
+from commrt.ops.format import BLOCKS
 
 FLOAT_BYTES = 4
 
@@ -17,6 +19,10 @@ class ExactCodec(Codec):
     """Payloads are fp32 values; ``block`` only says in what units tensors are cut into shards."""
 
     block: int = DEFAULT_BLOCK
+
+    def __post_init__(self) -> None:
+        if self.block not in BLOCKS:
+            raise ConfigError(f"block={self.block!r}: must be one of {BLOCKS}")
 
     @property
     def spec(self) -> str:

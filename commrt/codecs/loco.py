@@ -14,6 +14,7 @@ from commrt.codecs.base import Window
 from commrt.codecs.block import BlockCodec
 from commrt.errors import ConfigError
 from commrt.ops import BlockFormat
+from commrt.ops.format import MAX_BETA
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,9 @@ class LocoCodec(BlockCodec):
         super().__post_init__()
         if self.beta is None:
             object.__setattr__(self, "beta", 0.95 if self.bits in (1, 2) else 0.8)
-        if not 0.0 <= self.beta < 1.0:
-            raise ConfigError(f"beta={self.beta!r}: must be in [0, 1)")
+        object.__setattr__(self, "beta", float(self.beta))
+        if not 0.0 <= self.beta <= MAX_BETA:
+            raise ConfigError(f"beta={self.beta!r}: must be in [0, 1), at most {MAX_BETA}")
         if self.residual not in (4, 8):
             raise ConfigError(f"residual={self.residual!r}: must be 4 or 8 bits")
         if self.reset < 0:

@@ -113,7 +113,10 @@ def reduce_scatter(
     layout = one_each(numels, codec.block)
     residuals = None
     if residual is not None:
-        residuals = residual.split([codec.residual_bytes(numel) for numel in numels])
+        sizes = [codec.residual_bytes(numel) for numel in numels]
+        if residual.numel() != sum(sizes):
+            raise ConfigError(f"residual has {residual.numel()} bytes: must be {sum(sizes)}")
+        residuals = residual.split(sizes)
     errors = _residuals(codec, shards, residuals)
     seeds = [derive_seed(seed, reducer.rank, index) for index in range(len(shards))]
     traffic = Traffic()
@@ -287,7 +290,8 @@ class Reducer:
 
     def _average_into(self, received: Tensor, layout: Layout, codec: Codec, output: Tensor) -> None:
         if isinstance(self.codec, ExactCodec):
-            rows = received.view(torch.float32)
+            values = received.view(-1).view(torch.float32)
+            rows = values.view(self.world_size, values.numel() // self.world_size)
             output.view(torch.float32).copy_(rows.sum(dim=0) / self.world_size)
             return
         payloads = received[:, : layout.payload_bytes(self.codec, self.rank)]
@@ -312,6 +316,10 @@ def _residuals(
     if residuals is None or len(residuals) != len(tensors):
         given = "None" if residuals is None else str(len(residuals))
         raise ConfigError(f"residuals={given}: {codec.spec!r} needs one for each tensor")
+    for tensor, residual in zip(tensors, residuals, strict=True):
+        expected = codec.residual_bytes(tensor.numel())
+        if residual.numel() != expected:
+            raise ConfigError(f"residual has {residual.numel()} bytes: must be {expected}")
     return residuals
 
 

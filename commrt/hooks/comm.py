@@ -122,6 +122,8 @@ class Comm:
         self._dense_bytes = 0
         self._steps = 0
         self._first_step = 0
+        self.may_have_unused = True
+        """Whether a gradient of zeros may mean a parameter that no rank has used."""
         self._is_detached = False
         self._reducer: Reducer | None = None
         self._pipeline: Pipeline | None = None
@@ -140,9 +142,11 @@ class Comm:
         Raises:
             PeerMismatchError: On every rank, if the settings differ.
         """
-        reduce_group, gather_group = self._own_groups(device)
+        parent = self.group or dist.group.WORLD
+        assert parent is not None
+        check_agreement(self._settings(), parent, device)
+        reduce_group, gather_group = _own_groups(parent, device)
         self._reducer = Reducer(self.codec, self.gather, reduce_group, gather_group)
-        check_agreement(self._settings(), reduce_group, device)
         is_cuda = device.type == "cuda"
         self._pipeline = StreamPipeline(device) if is_cuda else ThreadPipeline()
         weakref.finalize(self, self._pipeline.close, wait=False)
@@ -238,9 +242,10 @@ class Comm:
             "rank": dist.get_rank(self.group),
             "world_size": dist.get_world_size(self.group),
         }
-        for key, value in expected.items():
+        for key in (*expected, "steps", "residuals"):
             if key not in state:
                 raise StateError(f"state dict has no {key!r}: it is not one of commrt's")
+        for key, value in expected.items():
             if state[key] != value:
                 raise StateError(f"state dict has {key}={state[key]!r}: must be {value!r} here")
         self._residuals.load_state_dict(state["residuals"])
@@ -292,17 +297,6 @@ class Comm:
             "payload version": STATE_VERSION,
         }
 
-    def _own_groups(self, device: torch.device) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-        parent = self.group or dist.group.WORLD
-        assert parent is not None
-        ranks = dist.get_process_group_ranks(parent)
-        timeout = parent._get_backend(device).options._timeout
-        groups = [
-            dist.new_group(ranks, timeout=timeout, use_local_synchronization=True)
-            for _ in range(2 if device.type != "cuda" else 1)
-        ]
-        return groups[0], groups[-1]
-
     def _exact(self, tensors: list[Tensor]) -> None:
         assert self._reducer is not None
         self._reduce_traffic.add(all_reduce_exact_(tensors, self._reducer.reduce_group))
@@ -317,7 +311,7 @@ class Comm:
             if isinstance(self.codec, LocoCodec) and self.codec.is_reset(step):
                 self._residuals.reset(names)
             layout = self._reducer.layout(grads)
-            residuals = [self._residuals.get(name) for name in names]
+            residuals = [self._residual_of(entry) for entry in coded]
             rank = self._reducer.rank
             seeds = [derive_seed(self.seed, rank, step, name) for name in names]
             send = self._reducer.encode(grads, layout, residuals, seeds, self._reduce_traffic)
@@ -329,6 +323,17 @@ class Comm:
                 grad.copy_(mean)
         return received
 
+    def _residual_of(self, entry: Entry) -> Tensor | None:
+        """The parameter's residual; an empty stand-in where the parameter may be unused.
+
+        DDP drops the mean of a parameter that no rank has used, so nothing may be sent for it.
+        """
+        residual = self._residuals.get(entry.name)
+        if residual is None or not self.may_have_unused:
+            return residual
+        is_zero = float(torch.linalg.vector_norm(entry.grad, ord=float("inf"))) == 0
+        return torch.zeros_like(residual) if is_zero else residual
+
     def _gather(self, coded: list[Entry], buffer: Tensor, received: Tensor | None) -> Tensor:
         """Second leg: average, gather and decode into the bucket."""
         assert self._reducer is not None
@@ -337,6 +342,30 @@ class Comm:
             layout = self._reducer.layout(grads)
             self._reducer.gather_leg(received, layout, grads, self._gather_traffic)
         return buffer
+
+
+def _own_groups(
+    parent: dist.ProcessGroup, device: torch.device
+) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """A group for each leg, of the parent's ranks; on CUDA one stream orders both in one group.
+
+    Ranks outside the parent do not call. torch names a group made without them after the number of
+    groups a rank knows, so that has to be the same on all of the parent's ranks.
+    """
+    ranks = dist.get_process_group_ranks(parent)
+    is_world = len(ranks) == dist.get_world_size()
+    if not is_world:
+        check_agreement({"number of process groups": _num_groups()}, parent, device)
+    timeout = parent._get_backend(device).options._timeout
+    groups = [
+        dist.new_group(ranks, timeout=timeout, use_local_synchronization=not is_world)
+        for _ in range(1 if device.type == "cuda" else 2)
+    ]
+    return groups[0], groups[-1]
+
+
+def _num_groups() -> int:
+    return len(dist.distributed_c10d._world.pg_names)
 
 
 def _runs(entries: list[Entry]) -> list[list[Entry]]:

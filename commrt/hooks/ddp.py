@@ -59,6 +59,7 @@ def attach(
         raise ConfigError(
             "model has a communication hook already: DDP takes one, wrap the model anew"
         ) from error
+    comm.may_have_unused = model.find_unused_parameters or model.static_graph
     comm.bind(model.module.named_parameters())
     comm.start(model.device or next(model.parameters()).device)
     return comm

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commrt.errors import ConfigError
-from commrt.ops.format import BlockFormat
+from commrt.ops.format import MAX_BETA, BlockFormat
 from commrt.ops.native import status
 
 __all__ = [
@@ -144,8 +144,8 @@ def loco_encode(
     num_blocks = _window(grad, payload, fmt, first_block, num_blocks, at_block)
     if residual_bits not in (4, 8):
         raise ConfigError(f"residual_bits={residual_bits}: must be 4 or 8")
-    if not 0.0 <= beta < 1.0:
-        raise ConfigError(f"beta={beta}: must be in [0, 1)")
+    if not 0.0 <= beta <= MAX_BETA:
+        raise ConfigError(f"beta={beta!r}: must be in [0, 1), at most {MAX_BETA}")
     if stochastic and fmt.bits == 1:
         raise ConfigError("stochastic rounding at bits=1: needs 2, 4 or 8 bits")
     residual_fmt = BlockFormat(bits=residual_bits, block=fmt.block)

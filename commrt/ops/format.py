@@ -9,8 +9,8 @@ The codes of 32 consecutive elements lie together. At 1, 2 and 8 bits they are a
 stream; at 4 bits, byte j holds element j in its low half and element j + 16 in its high half, which
 saves vector units the shuffles of neighbours.
 
-A tensor is cut into blocks from its first element; the last block is padded with zeros. Where the
-maximum or the mean of a block is not finite its scale is NaN, so that every element decodes to NaN.
+A tensor is cut into blocks from its first element; the last block is padded with zeros. A block with
+an element that is not finite has a NaN scale, so that every element of it decodes to NaN.
 """
 
 import dataclasses
@@ -21,6 +21,8 @@ BITS = (1, 2, 4, 8)
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 LEVELS = ("absmax", "mean")
 SCALE_BYTES = 2
+# Weight of LoCo's old residual; nearer to one, what a residual of 8 bits takes in would round away.
+MAX_BETA = 0.999
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

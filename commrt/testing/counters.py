@@ -2,6 +2,7 @@
 
 import os
 import socket
+import stat
 import struct
 from pathlib import Path
 
@@ -38,8 +39,10 @@ def tcp_bytes_sent() -> int:
     total = 0
     for fd in os.listdir("/proc/self/fd"):
         try:
+            if not stat.S_ISSOCK(os.fstat(int(fd)).st_mode):
+                continue
             connection = socket.socket(fileno=os.dup(int(fd)))
-        except OSError:  # not a socket, or closed since it was listed
+        except OSError:  # closed since it was listed
             continue
         with connection:
             if connection.type == socket.SOCK_STREAM and connection.family != socket.AF_UNIX:

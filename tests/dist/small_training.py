@@ -1,0 +1,123 @@
+"""A model small enough for any test, and a few steps of training it on every rank."""
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+IN, OUT = 32, 8
+EXEMPT = {"0.bias", "1.weight", "1.bias", "3.bias", "5.weight", "5.bias"}
+"""What the default min_numel leaves uncompressed in small_model: 1-D or fewer than 1024."""
+
+
+def small_model(seed: int = 0) -> nn.Sequential:
+    """Weights of 16, 16.5 and 2.1 blocks of 128, and 1-D parameters between them."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(IN, 64),
+        nn.LayerNorm(64),
+        nn.GELU(),
+        nn.Linear(64, 33),
+        nn.Tanh(),
+        nn.Linear(33, OUT),
+    )
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, other ones on every rank."""
+    generator = torch.Generator().manual_seed(1000 * step + dist.get_rank())
+    inputs = torch.randn(16, IN, generator=generator)
+    return inputs, inputs[:, :OUT].sin()
+
+
+def backward(model: nn.Module, step: int) -> float:
+    """Forward and backward of one batch; returns the loss."""
+    inputs, targets = batch(step)
+    loss = nn.functional.mse_loss(model(inputs).float(), targets)
+    loss.backward()
+    return loss.item()
+
+
+def train(
+    model: nn.Module, steps: Iterable[int], optimizer: torch.optim.Optimizer | None = None
+) -> list[float]:
+    """Train, by default with AdamW; returns the losses of this rank."""
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=0.01)
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        losses.append(backward(model, step))
+        optimizer.step()
+    return losses
+
+
+def weights(model: nn.Module) -> Tensor:
+    """All parameters in one fp32 tensor."""
+    return torch.cat([parameter.detach().float().flatten() for parameter in model.parameters()])
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all gradients by name, without DDP's prefix."""
+    return {
+        name.removeprefix("module."): parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
+
+
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Equal dtype, shape and bits: tells -0.0 from 0.0, and NaN equals itself."""
+    return (
+        first.dtype == second.dtype
+        and first.shape == second.shape
+        and digest([first]) == digest([second])
+    )
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Equal for equal bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def assert_same_on_all_ranks(*tensors: Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """Every rank of the group has these bits."""
+    digests: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(digests, digest(tensors), group=group)
+    assert len(set(digests)) == 1, digests
+
+
+def wrap(model: nn.Module, **options: Any) -> DistributedDataParallel:
+    """The model under DDP, a copy of it."""
+    return DistributedDataParallel(copy.deepcopy(model), **options)
+
+
+def all_of(checks: Sequence[Callable[[], None]]) -> None:
+    """Run checks one after the other: starting ranks takes longer than most of them."""
+    for check in checks:
+        check()
+
+
+def local_gradients(
+    model: nn.Module, run: Callable[[nn.Module], object]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """By name: the mean over ranks of the gradients that ``run`` makes, averaged as plain DDP does
+    (bit-equal for two ranks), and the largest magnitude on any rank.
+    """
+    replica = copy.deepcopy(model)
+    replica.zero_grad()
+    run(replica)
+    means, largest = {}, {}
+    for name, gradient in gradients(replica).items():
+        largest[name] = gradient.abs().max()
+        dist.all_reduce(largest[name], op=dist.ReduceOp.MAX)
+        means[name] = gradient / dist.get_world_size()
+        dist.all_reduce(means[name])
+    return means, largest

@@ -1,0 +1,93 @@
+"""How tensors are cut into shards: every block once, evenly, for any world size and any lengths."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from commrt.codecs import Codec, Window, parse
+from commrt.collectives.layout import ALIGNMENT, Layout, Piece, balanced, one_each
+
+NUMELS = st.lists(st.sampled_from([0, 1, 5, 31, 32, 33, 128, 1000, 4099]), max_size=8)
+BLOCKS = st.sampled_from([32, 128, 1024])
+WORLD_SIZES = st.integers(1, 9)
+
+
+def blocks_of(numels: list[int], block: int) -> Counter[tuple[int, int]]:
+    """Every block of every tensor, once."""
+    counts = [-(-numel // block) for numel in numels]
+    return Counter((tensor, index) for tensor, count in enumerate(counts) for index in range(count))
+
+
+def blocks_in(layout: Layout) -> Counter[tuple[int, int]]:
+    """Every block that lies in a shard, as often as it does."""
+    return Counter(
+        (tensor, window.first_block + index)
+        for pieces in layout.shards
+        for tensor, window in pieces
+        for index in range(window.num_blocks)
+    )
+
+
+def assert_payloads_are_dense(layout: Layout) -> None:
+    """Each shard's windows follow one another in its payload, from its first block on."""
+    for rank, pieces in enumerate(layout.shards):
+        at_block = 0
+        for _, window in pieces:
+            assert window.at_block == at_block
+            assert window.num_blocks > 0
+            at_block += window.num_blocks
+        assert layout.num_blocks(rank) == at_block
+
+
+@given(NUMELS, BLOCKS, WORLD_SIZES)
+def test_balanced_shards_hold_every_block_once(
+    numels: list[int], block: int, world_size: int
+) -> None:
+    layout = balanced(tuple(numels), block, world_size)
+    assert len(layout.shards) == world_size
+    assert blocks_in(layout) == blocks_of(numels, block)
+    assert_payloads_are_dense(layout)
+
+
+@given(NUMELS, BLOCKS, WORLD_SIZES)
+def test_balanced_shards_differ_by_one_block_at_most(
+    numels: list[int], block: int, world_size: int
+) -> None:
+    layout = balanced(tuple(numels), block, world_size)
+    counts = [layout.num_blocks(rank) for rank in range(world_size)]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_a_block_never_holds_two_tensors() -> None:
+    """Tensors of 1 and 129 elements take one and two blocks of 128, not two together."""
+    layout = balanced((1, 129), 128, 1)
+    assert layout.shards == ((Piece(0, Window(0, 1, 0)), Piece(1, Window(0, 2, 1))),)
+
+
+def test_more_ranks_than_blocks_leave_some_shards_empty() -> None:
+    layout = balanced((0, 5, 0), 128, 3)
+    assert sorted(layout.shards) == [(), (), (Piece(1, Window(0, 1, 0)),)]
+
+
+@given(NUMELS.filter(len), BLOCKS)
+def test_one_each_gives_rank_r_all_of_tensor_r(numels: list[int], block: int) -> None:
+    layout = one_each(numels, block)
+    assert blocks_in(layout) == blocks_of(numels, block)
+    assert_payloads_are_dense(layout)
+    for rank, pieces in enumerate(layout.shards):
+        assert {piece.tensor for piece in pieces} <= {rank}
+
+
+@pytest.mark.parametrize("codec", ["none", "block8", "loco4", "loco2", "loco1:block=32"])
+@pytest.mark.parametrize("world_size", [1, 3, 4])
+def test_slots_are_payloads_rounded_up_to_the_alignment(codec: str, world_size: int) -> None:
+    parsed: Codec = parse(codec)
+    layout = balanced((1, 5, 1000, 4099), parsed.block, world_size)
+    for rank in range(world_size):
+        payload = layout.payload_bytes(parsed, rank)
+        slot = layout.slot_bytes(parsed, rank)
+        assert payload == parsed.payload_bytes(layout.num_blocks(rank))
+        assert slot % ALIGNMENT == 0
+        assert 0 <= slot - payload < ALIGNMENT
