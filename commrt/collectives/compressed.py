@@ -107,6 +107,7 @@ def reduce_scatter(
     Cost: (W - 1) / W of the payload sent per rank; extra memory two payloads.
     """
     codec = parse(codec)
+    _check_flat(input)
     reducer = Reducer(codec, ExactCodec(block=codec.block), group, group)
     numels = _shard_numels(input.numel(), shard_numels, reducer.world_size)
     shards = list(input.split(numels))
@@ -154,6 +155,7 @@ def all_gather(
     codec = parse(codec)
     if isinstance(codec, LocoCodec):
         raise ConfigError(f"codec={codec.spec!r}: an all-gather has no residual; use 'block8'")
+    _check_flat(input)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     numels = list(shard_numels or [input.numel()] * world_size)
     if len(numels) != world_size or numels[rank] != input.numel():
@@ -306,6 +308,11 @@ def check_gather(codec: Codec, gather: Codec) -> None:
         )
     if gather.block != codec.block:
         raise ConfigError(f"gather has block={gather.block}: must be the codec's {codec.block}")
+
+
+def _check_flat(input: Tensor) -> None:
+    if input.dim() != 1 or not input.is_contiguous():
+        raise ConfigError(f"input has shape {tuple(input.shape)}: must be 1-D and contiguous")
 
 
 def _residuals(

@@ -31,7 +31,10 @@ class Pipeline(abc.ABC):
 
     @abc.abstractmethod
     def submit(self, first: Leg, second: SecondLeg) -> Future[Tensor]:
-        """Queue ``second(first())``; the future has its result, or raises what it raised."""
+        """Queue ``second(first())``; the future has its result, or raises what it raised.
+
+        DDP reads the future in C++ and raises a RuntimeError that names the error.
+        """
 
     @abc.abstractmethod
     def close(self, *, wait: bool = True) -> None:

@@ -9,8 +9,8 @@ The codes of 32 consecutive elements lie together. At 1, 2 and 8 bits they are a
 stream; at 4 bits, byte j holds element j in its low half and element j + 16 in its high half, which
 saves vector units the shuffles of neighbours.
 
-A tensor is cut into blocks from its first element; the last block is padded with zeros. A block with
-an element that is not finite has a NaN scale, so that every element of it decodes to NaN.
+A tensor is cut into blocks from its first element; the last block is padded with zeros. A block
+with an element that is not finite has a NaN scale, so that all of it decodes to NaN.
 """
 
 import dataclasses

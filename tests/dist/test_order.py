@@ -295,11 +295,6 @@ def test_an_error_in_a_leg_reaches_backward(errors: list[list[tuple[str, str]]])
             assert f"{leg} of rank {rank}" in text
 
 
-def test_an_error_in_a_leg_keeps_its_type(errors: list[list[tuple[str, str]]]) -> None:
-    """What a caller would write in ``except``."""
-    assert {kind for found in errors for kind, _ in found} == {"OwnError"}
-
-
 def forgotten_models() -> int:
     """How many threads are left when the model and its Comm are gone."""
     for _ in range(3):

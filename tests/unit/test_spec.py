@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, parse, with_block
 from commrt.errors import ConfigError
-from commrt.ops.format import BLOCKS
+from commrt.ops.format import BLOCKS, MAX_BETA
 
 BITS_AND_LEVELS = [(1, "mean"), (2, "mean"), (2, "absmax"), (4, "absmax"), (8, "absmax")]
 
@@ -27,7 +27,7 @@ def codecs(draw: st.DrawFn) -> Codec:
         return BlockCodec(**shared)
     return LocoCodec(
         **shared,
-        beta=draw(st.floats(0, 1, exclude_max=True)),
+        beta=draw(st.floats(0, MAX_BETA)),
         residual=draw(st.sampled_from((4, 8))),
         reset=draw(st.integers(0, 10**9)),
     )
