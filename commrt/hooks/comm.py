@@ -280,6 +280,8 @@ class Comm:
             return "codec is none"
         if parameter.dtype not in FLOAT_DTYPES:
             return f"dtype {parameter.dtype}"
+        if parameter.numel() == 0:
+            return "empty"
         if parameter.dim() < 2:
             return "fewer than 2 dimensions"
         if parameter.numel() < self.min_numel:

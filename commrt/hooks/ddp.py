@@ -45,7 +45,7 @@ def attach(
 
     Ranks: all ranks of the group, at the same point of the program.
 
-    Cost: memory of 1.02 bytes a parameter for the residual and less than one bucket for payloads.
+    Cost: memory of 1.02 bytes a parameter for the residual and less than two buckets for payloads.
     """
     if not isinstance(model, DistributedDataParallel):
         raise ConfigError(

@@ -93,7 +93,7 @@ def run_ranks(
         raise ValueError(f"world_size must be at least 1, not {world_size}")
     # Pickled here rather than by multiprocessing, which would put tensors in shared memory.
     call = pickle.dumps((fn, args))
-    _context.set_forkserver_preload(["torch", "torch.distributed", __name__])
+    _context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", __name__])
     with tempfile.TemporaryDirectory(prefix="commrt-ranks-") as directory:
         ranks = _Ranks(Path(directory))
         try:

@@ -116,7 +116,8 @@ def local_gradients(
     run(replica)
     means, largest = {}, {}
     for name, gradient in gradients(replica).items():
-        largest[name] = gradient.abs().max()
+        # A gradient may be empty, which has no maximum.
+        largest[name] = torch.cat([gradient.flatten().abs(), gradient.new_zeros(1)]).max()
         dist.all_reduce(largest[name], op=dist.ReduceOp.MAX)
         means[name] = gradient / dist.get_world_size()
         dist.all_reduce(means[name])

@@ -172,21 +172,24 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def weights_after(codec: str, options: dict[str, Any]) -> Tensor:
+def results_of(codec: str, options: dict[str, Any]) -> Tensor:
+    """Weights, residuals and the uncompressed bytes, in one tensor."""
     model = wrap(small_model(), **options)
     comm = commrt.attach(model, codec)
     train(model, range(5))
     residuals = comm.state_dict()["residuals"]
-    return torch.cat([weights(model), *(residuals[name].float() for name in sorted(residuals))])
+    exact_bytes = torch.tensor([float(comm.stats().exact_bytes)])
+    parts = [residuals[name].float() for name in sorted(residuals)]
+    return torch.cat([weights(model), exact_bytes, *parts])
 
 
 def buckets_do_not_matter() -> None:
     for codec in CODECS:
-        first, *others = [weights_after(codec, options) for options in VARIANTS]
+        first, *others = [results_of(codec, options) for options in VARIANTS]
         for options, other in zip(VARIANTS[1:], others, strict=True):
             assert same_bits(first, other), (codec, options)
         with mock.patch("commrt.hooks.comm.MAX_RUN", 1):
-            assert same_bits(first, weights_after(codec, {})), codec
+            assert same_bits(first, results_of(codec, {})), codec
 
 
 def test_results_do_not_depend_on_buckets() -> None:
@@ -342,6 +345,34 @@ def unused_parameters_are_zeros() -> None:
             train(model, [step])
     assert same_bits(weights(plain), weights(exact))
     assert_same_on_all_ranks(weights(coded))
+
+
+class EmptyMatrix(nn.Module):
+    """A matrix without elements, as a layer of no inputs has, beside a real one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(IN, OUT)
+        self.empty = nn.Parameter(torch.zeros(4, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.empty.sum()
+
+
+def empty_parameters_are_averaged() -> None:
+    for options in ({}, {"find_unused_parameters": True}):
+        model = wrap(EmptyMatrix(), **options)
+        commrt.attach(model, min_numel=0)
+        backward(model, 0)
+        assert model.module.empty.grad.shape == (4, 0)
+        means, largest = local_gradients(model.module, lambda replica: backward(replica, 0))
+        error = (model.module.layer.weight.grad - means["layer.weight"]).abs().max()
+        assert error <= BOUND * largest["layer.weight"]
+
+
+def test_parameters_may_be_empty() -> None:
+    run_ranks(empty_parameters_are_averaged, world_size=2)
 
 
 def test_kinds_of_models_and_hooks() -> None:

@@ -248,11 +248,17 @@ def test_ranks_that_disagree_all_raise() -> None:
 
 
 def belong_to_other_groups() -> None:
-    """Rank 2 is in one group fewer than the others."""
-    dist.new_group([0, 1])
+    """Rank 2 is in one group fewer than the others, then rank 0 in one more than rank 1."""
+    pair = dist.new_group([0, 1])
     bound().start(CPU)
+    dist.new_group([0])
+    if dist.get_rank() < 2:
+        with pytest.raises(PeerMismatchError, match="number of process groups"):
+            bound(group=pair).start(CPU)
 
 
 def test_ranks_may_belong_to_other_groups() -> None:
-    """However many groups each rank is in: starting neither hangs nor fails."""
+    """However many groups each rank is in, starting does not hang: over all ranks it works, over
+    some it raises where torch could not name new groups alike.
+    """
     run_ranks(belong_to_other_groups, world_size=3, timeout_s=15)
