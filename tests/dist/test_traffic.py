@@ -2,6 +2,9 @@
 shows. All byte counts are exact; gloo adds headers, so the kernel sees a little more.
 """
 
+import json
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -57,6 +60,18 @@ def legs(codec: str, gather: str, dtype: torch.dtype) -> dict[str, tuple[int, in
         "gather": (traffic.gather_bytes, sent[1]),
         "exact": (exact.exact_bytes, sent[2]),
     }
+
+
+def test_the_interface_sends_what_is_counted() -> None:
+    """In a network namespace of its own: packet headers and acknowledgements come on top."""
+    program = [sys.executable, "-m", "tests.dist.interface_bytes"]
+    found = subprocess.run(
+        ["unshare", "--net", "--map-root-user", *program],
+        capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    counts = json.loads(found.stdout.splitlines()[-1])
+    assert counts["counted"] <= counts["sent"] <= 1.05 * counts["counted"]
 
 
 def all_legs() -> list[dict[str, tuple[int, int]]]:
