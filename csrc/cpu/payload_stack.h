@@ -17,7 +17,7 @@ COMMRT_INLINE void average_run(const PayloadStack& stack, int block, std::int64_
     std::uint16_t scale_code;
     std::memcpy(&scale_code, scales, sizeof scale_code);
     const Vf scale = broadcast(bf16_to_float(scale_code));
-    prefetch(codes + kPrefetchBytes / 8);
+    prefetch(codes + kPrefetchBytes / 4);
     for (int k = 0; k < vectors; k += 2) {
       const Group group = load_codes<bits>(codes + k * kLanes * bits / 8);
       mean[k] = exact_fma(group.first, scale, mean[k]);
