@@ -32,7 +32,7 @@ def parse(spec: str | Codec) -> Codec:
         raise ConfigError(f"codec={spec!r}: must be a spec string such as {_EXAMPLES}, or a Codec")
     if spec == "none":
         return ExactCodec()
-    match = re.fullmatch(r"([a-z]+)(\d+)(?::(.*))?", spec)
+    match = re.fullmatch(r"([a-z]+)([1-9][0-9]*)(?::(.+))?", spec)
     family = _FAMILIES.get(match[1]) if match else None
     if match is None or family is None:
         raise ConfigError(f"codec={spec!r}: must be a spec such as {_EXAMPLES}")
@@ -61,6 +61,8 @@ def _options(spec: str, family: type[BlockCodec], text: str | None) -> dict[str,
         key, _, value = part.partition("=")
         if key not in types:
             raise ConfigError(f"codec={spec!r} has option {key!r}: must be one of {sorted(types)}")
+        if key in options or (not value and types[key] is str):
+            raise ConfigError(f"codec={spec!r}: {key!r} must have one value")
         convert = types[key]
         assert callable(convert)
         try:

@@ -58,6 +58,7 @@ def block_encode(
     Cost: reads N elements, writes N * bits / 8 + 2 bytes a block; no extra memory.
     """
     num_blocks = _window(input, payload, fmt, first_block, num_blocks, at_block)
+    _check_seed(seed or 0)
     if seed is not None and fmt.bits == 1:
         raise ConfigError("stochastic rounding at bits=1: needs 2, 4 or 8 bits")
     torch.ops.commrt.block_encode(
@@ -142,6 +143,7 @@ def loco_encode(
     TPAMI 2025 (arXiv 2407.04480), algorithm 1, with a scale per block instead of one constant.
     """
     num_blocks = _window(grad, payload, fmt, first_block, num_blocks, at_block)
+    _check_seed(seed)
     if residual_bits not in (4, 8):
         raise ConfigError(f"residual_bits={residual_bits}: must be 4 or 8")
     if not 0.0 <= beta <= MAX_BETA:
@@ -250,6 +252,11 @@ def _window(
                 f"blocks [{first}, {first + count}) do not lie in a {name} of {total} blocks"
             )
     return count
+
+
+def _check_seed(seed: int) -> None:
+    if not 0 <= seed < 1 << 63:
+        raise ConfigError(f"seed={seed}: must be in [0, 2**63)")
 
 
 def _check_flat(name: str, flat: Tensor) -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from commrt.errors import ConfigError
 from commrt.ops import reference
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -42,7 +43,7 @@ def _load() -> tuple[ModuleType | None, str]:
     isa = os.environ.get("COMMRT_ISA")
     if isa and not _C.select_isa(isa):
         allowed = ", ".join(_C.available_isas())
-        raise ValueError(f"COMMRT_ISA={isa!r}: this machine and build have {allowed}")
+        raise ConfigError(f"COMMRT_ISA={isa!r}: this machine and build have {allowed}")
     return _C, ""
 
 
