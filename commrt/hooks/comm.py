@@ -28,6 +28,7 @@ from commrt.errors import ConfigError, StateError
 from commrt.hooks.report import format_report
 from commrt.hooks.residuals import STATE_VERSION, Residuals
 from commrt.ops import FLOAT_DTYPES
+from commrt.ops.format import PAYLOAD_VERSION
 
 # Elements coded at a time: DDP's first bucket is the whole model, whose payloads would take memory
 # that no later step needs.
@@ -296,7 +297,7 @@ class Comm:
             "min_numel": self.min_numel,
             "parameters": len(layout),
             "layout": derive_seed(repr(layout)),
-            "payload version": STATE_VERSION,
+            "payload version": PAYLOAD_VERSION,
         }
 
     def _exact(self, tensors: list[Tensor]) -> None:

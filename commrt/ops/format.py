@@ -21,6 +21,8 @@ BITS = (1, 2, 4, 8)
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 LEVELS = ("absmax", "mean")
 SCALE_BYTES = 2
+# Of the layout above; ranks compare it before they talk.
+PAYLOAD_VERSION = 1
 # Weight of LoCo's old residual; nearer to one, what a residual of 8 bits takes in would round away.
 MAX_BETA = 0.999
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from commrt.errors import ConfigError
 from commrt.ops import reference
+from commrt.ops.format import SCALE_BYTES
 
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -71,7 +72,8 @@ def _window(native: ModuleType, flat: Tensor, block: int, first_block: int) -> o
 
 def _register_native(library: torch.library.Library, native: ModuleType) -> None:
     def payload(data: Tensor, bits: int, block: int, at_block: int) -> object:
-        return native.Payload(data.data_ptr(), data.numel() // (block * bits // 8 + 2), at_block)
+        block_bytes = block * bits // 8 + SCALE_BYTES
+        return native.Payload(data.data_ptr(), data.numel() // block_bytes, at_block)
 
     def block_encode(
         input: Tensor,

@@ -222,13 +222,14 @@ COMMRT_INLINE void write_block(const Window& window, int block, std::int64_t ind
   auto* output = static_cast<std::uint8_t*>(window.data) + index * block * size;
   const int valid = valid_in_block(window, block, index);
   TileBuffer padded;
-  std::uint8_t* to = valid == block ? output : reinterpret_cast<std::uint8_t*>(padded.value);
-  const bool past_caches = reinterpret_cast<std::uintptr_t>(to) % (kLanes * size) == 0;
+  const bool is_whole = valid == block;
+  std::uint8_t* to = is_whole ? output : reinterpret_cast<std::uint8_t*>(padded.value);
+  const bool past_caches = is_whole && reinterpret_cast<std::uintptr_t>(to) % (kLanes * size) == 0;
   produce([=](int i, Vf x) COMMRT_INLINE_LAMBDA {
     if (past_caches) return stream<dtype>(to + i * size, x);
     store<dtype>(to + i * size, x);
   });
-  if (valid < block) std::memcpy(output, to, static_cast<std::size_t>(valid * size));
+  if (!is_whole) std::memcpy(output, to, static_cast<std::size_t>(valid * size));
 }
 
 }  // namespace commrt::COMMRT_ISA
