@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, parse
+    from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, NoopCodec, parse
     from commrt.collectives import all_gather, all_reduce_, new_residuals, reduce_scatter
     from commrt.hooks import Comm, CommStats, attach, ddp_hook
 
@@ -18,6 +18,7 @@ __all__ = [
     "CommStats",
     "ExactCodec",
     "LocoCodec",
+    "NoopCodec",
     "all_gather",
     "all_reduce_",
     "attach",
@@ -28,7 +29,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "commrt.codecs": ("BlockCodec", "Codec", "ExactCodec", "LocoCodec", "parse"),
+    "commrt.codecs": ("BlockCodec", "Codec", "ExactCodec", "LocoCodec", "NoopCodec", "parse"),
     "commrt.collectives": ("all_gather", "all_reduce_", "new_residuals", "reduce_scatter"),
     "commrt.hooks": ("Comm", "CommStats", "attach", "ddp_hook"),
 }

@@ -2,7 +2,7 @@
 
 from commrt.codecs.base import Codec, Window, derive_seed
 from commrt.codecs.block import BlockCodec
-from commrt.codecs.exact import ExactCodec
+from commrt.codecs.exact import ExactCodec, NoopCodec
 from commrt.codecs.loco import LocoCodec
 from commrt.codecs.spec import parse, with_block
 
@@ -11,6 +11,7 @@ __all__ = [
     "Codec",
     "ExactCodec",
     "LocoCodec",
+    "NoopCodec",
     "Window",
     "derive_seed",
     "parse",

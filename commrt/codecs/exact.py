@@ -1,4 +1,4 @@
-"""No compression: ``"none"``. As a return leg it carries the fp32 mean."""
+"""No compression: ``"none"``, as a return leg the fp32 mean. No communication: ``"noop"``."""
 
 import dataclasses
 
@@ -60,3 +60,16 @@ class ExactCodec(Codec):
     def _part(self, flat: Tensor, window: Window) -> Tensor:
         first = window.first_block * self.block
         return flat[first : first + window.num_blocks * self.block]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoopCodec(ExactCodec):
+    """Nothing is sent and every rank keeps its own gradients: what a free network would give.
+
+    A probe of the head-room, as torch's ``noop_hook``: models diverge, so never to train with.
+    """
+
+    @property
+    def spec(self) -> str:
+        """See :class:`Codec`."""
+        return "noop"

@@ -90,3 +90,11 @@ class LocoCodec(BlockCodec):
     def decode_residual(self, residual: Tensor, flat: Tensor) -> None:
         """Write the stored residual e into ``flat``."""
         ops.block_decode(residual, flat, self.residual_fmt)
+
+    def encode_residual(self, flat: Tensor, residual: Tensor, seed: int) -> None:
+        """Store ``flat`` as the residual e, rounded stochastically, so that no rounding adds up."""
+        ops.block_encode(flat, residual, self.residual_fmt, seed=seed)
+
+    def rescale_residual(self, residual: Tensor, ratio: Tensor) -> None:
+        """Multiply the stored residual by ``ratio``, see :func:`commrt.ops.rescale_`."""
+        ops.rescale_(residual, ratio, self.residual_fmt)

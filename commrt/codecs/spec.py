@@ -6,12 +6,13 @@ from typing import Any
 
 from commrt.codecs.base import Codec
 from commrt.codecs.block import BlockCodec
-from commrt.codecs.exact import ExactCodec
+from commrt.codecs.exact import ExactCodec, NoopCodec
 from commrt.codecs.loco import LocoCodec
 from commrt.errors import ConfigError
 from commrt.ops.format import BITS
 
 _FAMILIES: dict[str, type[BlockCodec]] = {"block": BlockCodec, "loco": LocoCodec}
+_PLAIN: dict[str, type[ExactCodec]] = {"none": ExactCodec, "noop": NoopCodec}
 _EXAMPLES = "'loco4', 'loco4:block=128,beta=0.9', 'block8' or 'none'"
 
 
@@ -19,9 +20,9 @@ def parse(spec: str | Codec) -> Codec:
     """The codec that a spec string names; a codec is returned as it is.
 
     Args:
-        spec: ``"none"``, or ``loco`` or ``block`` followed by the bits (1, 2, 4, 8), then options
-            ``key=value`` after a colon, separated by commas: ``block``, ``levels``, ``rounding``;
-            for LoCo also ``beta``, ``residual``, ``reset``.
+        spec: ``"none"``, ``"noop"`` (sends nothing, a probe), or ``loco`` or ``block`` followed by
+            the bits (1, 2, 4, 8), then options ``key=value`` after a colon, separated by commas:
+            ``block``, ``levels``, ``rounding``; for LoCo also ``beta``, ``residual``, ``reset``.
 
     Raises:
         ConfigError: For an unknown name, option or value; says what is allowed.
@@ -30,8 +31,8 @@ def parse(spec: str | Codec) -> Codec:
         return spec
     if not isinstance(spec, str):
         raise ConfigError(f"codec={spec!r}: must be a spec string such as {_EXAMPLES}, or a Codec")
-    if spec == "none":
-        return ExactCodec()
+    if spec in _PLAIN:
+        return _PLAIN[spec]()
     match = re.fullmatch(r"([a-z]+)([1-9][0-9]*)(?::(.+))?", spec)
     family = _FAMILIES.get(match[1]) if match else None
     if match is None or family is None:
@@ -45,8 +46,8 @@ def parse(spec: str | Codec) -> Codec:
 def with_block(spec: str | Codec, block: int) -> Codec:
     """As :func:`parse`, with ``block`` where the spec string leaves the block size open."""
     if isinstance(spec, str):
-        if spec == "none":
-            return ExactCodec(block=block)
+        if spec in _PLAIN:
+            return _PLAIN[spec](block=block)
         name, _, options = spec.partition(":")
         if "block=" not in options:
             spec = f"{name}:" + ",".join(filter(None, [options, f"block={block}"]))

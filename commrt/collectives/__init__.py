@@ -2,29 +2,36 @@
 
 from commrt.collectives.agreement import check_agreement
 from commrt.collectives.compressed import (
-    Reducer,
     all_gather,
     all_reduce_,
-    all_reduce_exact_,
-    check_gather,
     new_residuals,
     reduce_scatter,
 )
+from commrt.collectives.groups import GroupMaker, LegGroups, find_nodes
+from commrt.collectives.hierarchy import TwoLevelReducer
+from commrt.collectives.layout import share_of
 from commrt.collectives.order import Pipeline, StreamPipeline, ThreadPipeline
+from commrt.collectives.reducer import Averager, Reducer, all_reduce_exact_, check_gather
 from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes
 
 __all__ = [
+    "Averager",
+    "GroupMaker",
+    "LegGroups",
     "Pipeline",
     "Reducer",
     "StreamPipeline",
     "ThreadPipeline",
     "Traffic",
+    "TwoLevelReducer",
     "all_gather",
     "all_reduce_",
     "all_reduce_exact_",
     "check_agreement",
     "check_gather",
+    "find_nodes",
     "new_residuals",
     "reduce_scatter",
     "ring_all_reduce_bytes",
+    "share_of",
 ]

@@ -1,38 +1,28 @@
 """Compressed collectives over any process group.
 
-Gradients are not summed in transit: low-bit codes would overflow, and requantising at every hop of
-a ring would add error at every hop. Instead every rank sends each shard's payload straight to its
-owner (all-to-all), which averages in fp32; the mean travels back in the gather codec::
-
-    encode -> all-to-all -> decode, average, encode -> all-gather -> decode
-    |---------- reduce_leg ---|------------------ gather_leg ------------|
-
 Ranks: every rank of the group calls, in the same order, with the same codecs and shapes.
 """
 
-import dataclasses
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import (
-    BlockCodec,
     Codec,
     ExactCodec,
     LocoCodec,
+    NoopCodec,
     Window,
     derive_seed,
     parse,
     with_block,
 )
-from commrt.collectives.layout import Layout, balanced, one_each
-from commrt.collectives.scratch import Scratch
+from commrt.collectives.layout import one_each
+from commrt.collectives.reducer import Reducer, all_reduce_exact_
 from commrt.collectives.torch_names import all_gather_single
-from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes
+from commrt.collectives.traffic import Traffic
 from commrt.errors import ConfigError
 
 
@@ -65,18 +55,16 @@ def all_reduce_(
     and 1 + 1 / W of ``gather``.
     """
     tensors = [tensors] if isinstance(tensors, Tensor) else list(tensors)
-    codec = parse(codec)
+    codec = _parse(codec)
     if isinstance(codec, ExactCodec):
         return all_reduce_exact_(tensors, group)
     reducer = Reducer(codec, with_block(gather, codec.block), group, group)
     traffic = Traffic()
     if reducer.world_size > 1 and any(tensor.numel() > 0 for tensor in tensors):
         seeds = [derive_seed(seed, reducer.rank, index) for index in range(len(tensors))]
-        layout = reducer.layout(tensors)
         errors = _residuals(codec, tensors, residuals)
-        send = reducer.encode(tensors, layout, errors, seeds, traffic)
-        received = reducer.reduce_leg(send, layout, traffic)
-        reducer.gather_leg(received, layout, tensors, traffic)
+        received = reducer.reduce_leg(tensors, errors, seeds, traffic)
+        reducer.gather_leg(received, tensors, traffic)
     return traffic
 
 
@@ -106,7 +94,7 @@ def reduce_scatter(
 
     Cost: (W - 1) / W of the payload sent per rank; extra memory two payloads.
     """
-    codec = parse(codec)
+    codec = _parse(codec)
     _check_flat(input)
     reducer = Reducer(codec, ExactCodec(block=codec.block), group, group)
     numels = _shard_numels(input.numel(), shard_numels, reducer.world_size)
@@ -122,7 +110,7 @@ def reduce_scatter(
     seeds = [derive_seed(seed, reducer.rank, index) for index in range(len(shards))]
     traffic = Traffic()
     send = reducer.encode(shards, layout, errors, seeds, traffic)
-    received = reducer.reduce_leg(send, layout, traffic)
+    received = reducer.exchange(send, layout, traffic)
     output = torch.empty(
         layout.num_blocks(reducer.rank) * codec.block, dtype=torch.float32, device=input.device
     )
@@ -152,7 +140,7 @@ def all_gather(
 
     Cost: each rank sends (W - 1) times the largest payload.
     """
-    codec = parse(codec)
+    codec = _parse(codec)
     if isinstance(codec, LocoCodec):
         raise ConfigError(f"codec={codec.spec!r}: an all-gather has no residual; use 'block8'")
     _check_flat(input)
@@ -178,19 +166,6 @@ def all_gather(
     return output
 
 
-def all_reduce_exact_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> Traffic:
-    """Replace tensors by their mean as plain DDP does: divide by W, then all-reduce the sum."""
-    traffic = Traffic()
-    world_size = dist.get_world_size(group)
-    for tensor in tensors:
-        tensor.div_(world_size)
-        with _timed(traffic, "network_s"):
-            dist.all_reduce(tensor, group=group)
-        num_bytes = tensor.numel() * tensor.element_size()
-        traffic.exact_bytes += ring_all_reduce_bytes(num_bytes, world_size)
-    return traffic
-
-
 def new_residuals(codec: Codec, numels: Sequence[int], device: torch.device) -> list[Tensor]:
     """Empty (zero) residuals for tensors of these sizes."""
     return [
@@ -199,115 +174,11 @@ def new_residuals(codec: Codec, numels: Sequence[int], device: torch.device) -> 
     ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Reducer:
-    """The legs of :func:`all_reduce_`, for callers that overlap them.
-
-    The legs use a process group each, so that the reduce leg of one bucket may run while the gather
-    leg of the one before is still under way, in any interleaving, on every rank differently.
-
-    Raises:
-        ConfigError: Where the two codecs do not fit together.
-    """
-
-    codec: Codec
-    gather: Codec
-    reduce_group: dist.ProcessGroup | None
-    gather_group: dist.ProcessGroup | None
-    scratch: Scratch = dataclasses.field(default_factory=Scratch)
-    rank: int = dataclasses.field(init=False)
-    world_size: int = dataclasses.field(init=False)
-
-    def __post_init__(self) -> None:
-        check_gather(self.codec, self.gather)
-        object.__setattr__(self, "rank", dist.get_rank(self.reduce_group))
-        object.__setattr__(self, "world_size", dist.get_world_size(self.reduce_group))
-
-    def layout(self, tensors: Sequence[Tensor]) -> Layout:
-        """Balanced shards of the tensors."""
-        numels = tuple(tensor.numel() for tensor in tensors)
-        return balanced(numels, self.codec.block, self.world_size)
-
-    def encode(
-        self,
-        tensors: Sequence[Tensor],
-        layout: Layout,
-        residuals: Sequence[Tensor | None],
-        seeds: Sequence[int],
-        traffic: Traffic,
-    ) -> Tensor:
-        """Every shard's payload, one after the other."""
-        sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
-        send = self.scratch.take("send", sum(sizes), tensors[0].device)
-        with _timed(traffic, "codec_s"):
-            for rank, slot in enumerate(send.split(sizes)):
-                size = layout.payload_bytes(self.codec, rank)
-                slot[size:].zero_()
-                for index, window in layout.shards[rank]:
-                    self.codec.encode(
-                        tensors[index],
-                        slot[:size],
-                        window,
-                        residual=residuals[index],
-                        seed=seeds[index],
-                    )
-        return send
-
-    def reduce_leg(self, send: Tensor, layout: Layout, traffic: Traffic) -> Tensor:
-        """Exchange payloads; returns every rank's payload of this rank's shard, (W, bytes)."""
-        sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
-        own = sizes[self.rank]
-        received = self.scratch.take_received(own * self.world_size, send.device)
-        with _timed(traffic, "network_s"):
-            dist.all_to_all_single(
-                received, send, [own] * self.world_size, sizes, group=self.reduce_group
-            )
-        traffic.reduce_bytes += sum(sizes) - own
-        return received.view(self.world_size, own)
-
-    def average(self, received: Tensor, layout: Layout, output: Tensor) -> None:
-        """The fp32 mean of this rank's shard, whole blocks."""
-        exact = ExactCodec(block=self.codec.block)
-        self._average_into(received, layout, exact, output.view(torch.uint8))
-
-    def gather_leg(
-        self, received: Tensor, layout: Layout, tensors: Sequence[Tensor], traffic: Traffic
-    ) -> None:
-        """Average this rank's shard, gather everybody's, and decode them into the tensors."""
-        slot = max(layout.slot_bytes(self.gather, rank) for rank in range(self.world_size))
-        own = self.scratch.take("own", slot, received.device)
-        size = layout.payload_bytes(self.gather, self.rank)
-        with _timed(traffic, "codec_s"):
-            own[size:].zero_()
-            self._average_into(received, layout, self.gather, own[:size])
-        gathered = self.scratch.take("gathered", slot * self.world_size, received.device)
-        with _timed(traffic, "network_s"):
-            all_gather_single(gathered, own, group=self.gather_group)
-        traffic.gather_bytes += slot * (self.world_size - 1)
-        with _timed(traffic, "codec_s"):
-            for rank, pieces in enumerate(layout.shards):
-                payload = gathered[rank * slot :][: layout.payload_bytes(self.gather, rank)]
-                for index, window in pieces:
-                    self.gather.decode(payload, tensors[index], window)
-
-    def _average_into(self, received: Tensor, layout: Layout, codec: Codec, output: Tensor) -> None:
-        if isinstance(self.codec, ExactCodec):
-            values = received.view(-1).view(torch.float32)
-            rows = values.view(self.world_size, values.numel() // self.world_size)
-            output.view(torch.float32).copy_(rows.sum(dim=0) / self.world_size)
-            return
-        payloads = received[:, : layout.payload_bytes(self.codec, self.rank)]
-        codec.encode_average(payloads, self.codec, output)
-
-
-def check_gather(codec: Codec, gather: Codec) -> None:
-    """Raise ConfigError where ``gather`` cannot return what ``codec`` sent."""
-    if isinstance(gather, LocoCodec) or (isinstance(gather, BlockCodec) and gather.is_stochastic):
-        raise ConfigError(
-            f"gather={gather.spec!r}: must be 'none' or a block codec that rounds to nearest"
-        )
-    if gather.block != codec.block:
-        raise ConfigError(f"gather has block={gather.block}: must be the codec's {codec.block}")
+def _parse(spec: str | Codec) -> Codec:
+    codec = parse(spec)
+    if isinstance(codec, NoopCodec):
+        raise ConfigError("codec='noop': only a hook can leave gradients alone")
+    return codec
 
 
 def _check_flat(input: Tensor) -> None:
@@ -338,10 +209,3 @@ def _shard_numels(numel: int, given: Sequence[int] | None, world_size: int) -> l
             f"shard_numels={list(given)}: must be {world_size} sizes that sum to {numel}"
         )
     return list(given)
-
-
-@contextmanager
-def _timed(traffic: Traffic, field: str) -> Iterator[None]:
-    begin = time.perf_counter()
-    yield
-    setattr(traffic, field, getattr(traffic, field) + time.perf_counter() - begin)

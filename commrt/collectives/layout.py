@@ -63,6 +63,31 @@ def balanced(numels: tuple[int, ...], block: int, world_size: int) -> Layout:
     return Layout(tuple(shards))
 
 
+def share_of(numel: int, block: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Elements [begin, end) of one rank's share of a tensor: equal numbers of whole blocks, to one.
+
+    Who owns what depends on the tensor alone, not on what else is in the bucket.
+    """
+    total = -(-numel // block)
+    begin, end = (total * cut // world_size * block for cut in (rank, rank + 1))
+    return min(begin, numel), min(end, numel)
+
+
+@functools.lru_cache(maxsize=1024)
+def split_each(numels: tuple[int, ...], block: int, world_size: int) -> Layout:
+    """Shards of one :func:`share_of` each tensor; of no blocks where there are too few."""
+    shards = []
+    for rank in range(world_size):
+        pieces, at = [], 0
+        for tensor, numel in enumerate(numels):
+            begin, end = share_of(numel, block, rank, world_size)
+            num_blocks = -(-(end - begin) // block)
+            pieces.append(Piece(tensor, Window(begin // block, num_blocks, at)))
+            at += num_blocks
+        shards.append(tuple(pieces))
+    return Layout(tuple(shards))
+
+
 def one_each(numels: Sequence[int], block: int) -> Layout:
     """Tensor r is the shard of rank r, whatever its size."""
     return Layout(

@@ -10,6 +10,8 @@ class Traffic:
     Attributes:
         reduce_bytes: On the reduce-scatter leg: payloads to their owners.
         gather_bytes: On the gather leg: the mean, coded again, back to everybody.
+        node_bytes: Inside a node, where the collective has two levels; the others are then what
+            travels between nodes.
         exact_bytes: By uncompressed all-reduces, as a ring all-reduce moves them.
         codec_s: Seconds spent encoding, averaging and decoding.
         network_s: Seconds spent inside the process group.
@@ -17,13 +19,14 @@ class Traffic:
 
     reduce_bytes: int = 0
     gather_bytes: int = 0
+    node_bytes: int = 0
     exact_bytes: int = 0
     codec_s: float = 0.0
     network_s: float = 0.0
 
     @property
     def wire_bytes(self) -> int:
-        """All bytes sent."""
+        """All bytes sent, but for those that stay inside a node."""
         return self.reduce_bytes + self.gather_bytes + self.exact_bytes
 
     def add(self, other: "Traffic") -> None:

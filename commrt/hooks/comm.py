@@ -3,79 +3,43 @@
 import dataclasses
 import functools
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp import GradScaler
 from torch.futures import Future
 
 from commrt import ops
-from commrt.codecs import Codec, ExactCodec, LocoCodec, derive_seed, parse, with_block
+from commrt.codecs import Codec, ExactCodec, NoopCodec, derive_seed, parse, with_block
 from commrt.collectives import (
+    Averager,
+    GroupMaker,
+    LegGroups,
     Pipeline,
     Reducer,
     StreamPipeline,
     ThreadPipeline,
     Traffic,
-    all_reduce_exact_,
+    TwoLevelReducer,
     check_agreement,
     check_gather,
+    find_nodes,
     ring_all_reduce_bytes,
+    share_of,
 )
 from commrt.errors import ConfigError, StateError
-from commrt.hooks.report import format_report
-from commrt.hooks.residuals import STATE_VERSION, Residuals
+from commrt.hooks.legs import Entry, Legs
+from commrt.hooks.report import CommStats, format_report
+from commrt.hooks.residuals import STATE_VERSION, Residuals, Shard
 from commrt.ops import FLOAT_DTYPES
 from commrt.ops.format import PAYLOAD_VERSION
 
 # Elements coded at a time: DDP's first bucket is the whole model, whose payloads would take memory
 # that no later step needs.
 MAX_RUN = 8 << 20
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CommStats:
-    """What this rank has sent since the hook was attached.
-
-    Attributes:
-        steps: Backward passes that were communicated.
-        reduce_bytes: Sent on the reduce leg (gradients to their owners).
-        gather_bytes: Sent on the gather leg (means back to everybody).
-        exact_bytes: Sent by the uncompressed all-reduces.
-        dense_bytes: What a ring all-reduce of the same buckets, uncompressed, sends.
-        residual_bytes: Memory of the residuals.
-        codec_s: Seconds spent encoding and decoding.
-        network_s: Seconds spent inside the process group.
-    """
-
-    steps: int
-    reduce_bytes: int
-    gather_bytes: int
-    exact_bytes: int
-    dense_bytes: int
-    residual_bytes: int
-    codec_s: float
-    network_s: float
-
-    @property
-    def wire_bytes(self) -> int:
-        """All bytes sent."""
-        return self.reduce_bytes + self.gather_bytes + self.exact_bytes
-
-    @property
-    def ratio(self) -> float:
-        """How many times fewer bytes than uncompressed; 1 before the first step."""
-        return self.dense_bytes / self.wire_bytes if self.wire_bytes else 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One parameter's part of a bucket: a flat view of its gradient."""
-
-    name: str
-    grad: Tensor
 
 
 class Comm:
@@ -87,12 +51,19 @@ class Comm:
     unless :meth:`bind` is called.
 
     Args:
-        codec: Of the reduce leg: a spec string or codec; ``"none"`` is plain averaging, counted.
+        codec: Of the reduce leg: a spec string or codec; ``"none"`` is plain averaging, counted,
+            and ``"noop"`` no communication at all, to see what is to be gained.
         gather: Of the return leg; its block size follows the codec's.
         min_numel: Parameters with fewer elements, and all with fewer than two dimensions, travel
             uncompressed: 0.3 % of the elements, most of the harm.
         group: Process group of the model; None is the default one.
         seed: Of stochastic rounding.
+        warmup: Steps at the start that are averaged uncompressed.
+        hierarchy: Ranks a node (consecutive ranks being neighbours), or the ranks of each node:
+            gradients are averaged inside each node first, and only the node's mean is compressed.
+        intra: Codec inside a node: ``"none"`` or a block codec such as ``"block8"``.
+        grad_scaler: The scaler of the loss, whose changes then rescale the residuals; without it
+            they would weigh wrongly after a change of the loss scale.
 
     Raises:
         ConfigError: For values outside these.
@@ -105,35 +76,60 @@ class Comm:
         min_numel: int = 1024,
         group: dist.ProcessGroup | None = None,
         seed: int = 0,
+        *,
+        warmup: int = 0,
+        hierarchy: int | Sequence[Sequence[int]] | None = None,
+        intra: str | Codec = "none",
+        grad_scaler: GradScaler | None = None,
     ) -> None:
-        if not isinstance(min_numel, int) or min_numel < 0:
-            raise ConfigError(f"min_numel={min_numel!r}: must be an integer of at least 0")
+        for name, value in (("min_numel", min_numel), ("warmup", warmup)):
+            if not isinstance(value, int) or value < 0:
+                raise ConfigError(f"{name}={value!r}: must be an integer of at least 0")
         self.codec = parse(codec)
         self.gather = with_block("block8" if gather is None else gather, self.codec.block)
+        self.intra = with_block(intra, self.codec.block)
         check_gather(self.codec, self.gather)
+        check_gather(self.codec, self.intra, name="intra")
         self.min_numel = min_numel
         self.group = group
         self.seed = seed
+        self.warmup = warmup
+        self.hierarchy = hierarchy
+        self.may_have_unused = True
+        """Whether a gradient of zeros may mean a parameter that no rank has used."""
+        self._grad_scaler = grad_scaler
+        self._loss_scale = torch.ones(())
         self._names: dict[Tensor, str] = {}
+        self._compressed: dict[str, int] = {}
         self._exempt: dict[str, tuple[str, int]] = {}
-        self._num_compressed = 0
         self._residuals = Residuals(self.codec)
-        # One for each leg: they run on threads of their own.
-        self._reduce_traffic, self._gather_traffic = Traffic(), Traffic()
         self._dense_bytes = 0
         self._steps = 0
         self._first_step = 0
-        self.may_have_unused = True
-        """Whether a gradient of zeros may mean a parameter that no rank has used."""
+        self._is_new_step = True
         self._is_detached = False
-        self._reducer: Reducer | None = None
+        self._world_size = 1
+        self._legs: Legs | None = None
         self._pipeline: Pipeline | None = None
 
-    def bind(self, named_parameters: Iterable[tuple[str, Tensor]]) -> None:
-        """Name the parameters, and make their residuals."""
+    def bind(
+        self,
+        named_parameters: Iterable[tuple[str, Tensor]],
+        ignored: Mapping[str, str] | None = None,
+    ) -> None:
+        """Name the parameters, and make the residuals of those that are trained.
+
+        Args:
+            named_parameters: Of the model.
+            ignored: Names of those that DDP does not hand to the hook, with the reason.
+        """
         for name, parameter in named_parameters:
+            if ignored and name in ignored:
+                self._exempt[name] = (ignored[name], parameter.numel())
+                continue
+            self._names[parameter] = name
             if parameter.requires_grad:
-                self._bind_one(name, parameter)
+                self._bind_one(parameter)
 
     def start(self, device: torch.device) -> None:
         """Make the process groups and threads, and compare settings over the ranks.
@@ -141,13 +137,18 @@ class Comm:
         Ranks: every rank of the group. Done by the first backward if not before.
 
         Raises:
+            ConfigError: The hierarchy does not fit the ranks.
             PeerMismatchError: On every rank, if the settings differ.
         """
         parent = self.group or dist.group.WORLD
         assert parent is not None
         check_agreement(self._settings(), parent, device)
-        reduce_group, gather_group = _own_groups(parent, device)
-        self._reducer = Reducer(self.codec, self.gather, reduce_group, gather_group)
+        self._world_size = dist.get_world_size(parent)
+        maker = GroupMaker(parent, device)
+        whole = maker.make(dist.get_process_group_ranks(parent))
+        self._legs = Legs(
+            self.codec, self._new_averager(maker, whole), whole.reduce, self._residuals, self.seed
+        )
         is_cuda = device.type == "cuda"
         self._pipeline = StreamPipeline(device) if is_cuda else ThreadPipeline()
         weakref.finalize(self, self._pipeline.close, wait=False)
@@ -168,30 +169,34 @@ class Comm:
         if self._pipeline is None:
             self.start(buffer.device)
         assert self._pipeline is not None
-        assert self._reducer is not None
+        assert self._legs is not None
         step, self._steps = self._steps, self._steps + is_last
-        if self._reducer.world_size == 1:
+        rescale = self._loss_scale_change(buffer.device) if self._is_new_step else None
+        self._is_new_step = is_last
+        if self._world_size == 1 or isinstance(self.codec, NoopCodec):
             return _completed(buffer)
-        num_bytes = buffer.numel() * buffer.element_size()
-        self._dense_bytes += ring_all_reduce_bytes(num_bytes, self._reducer.world_size)
-        if self._is_detached or isinstance(self.codec, ExactCodec):
-            whole = [buffer]
-            return self._pipeline.submit(lambda: self._exact(whole), lambda _: buffer)
-        entries = [Entry(self._bind_one(self._name(param), param), grad) for param, grad in parts]
+        legs, num_bytes = self._legs, buffer.numel() * buffer.element_size()
+        if self._plain_reason(step):
+            self._dense_bytes += ring_all_reduce_bytes(num_bytes, self._world_size)
+            return self._pipeline.submit(lambda: legs.exact([buffer]), lambda _: buffer)
+        num_nodes, num_local = len(self._nodes), len(self._nodes[0])
+        self._dense_bytes += ring_all_reduce_bytes(num_bytes, num_nodes) // num_local
+        entries = [Entry(self._bind_one(param), grad) for param, grad in parts]
         exact = [entry.grad for entry in entries if entry.name in self._exempt]
         for coded in _runs([entry for entry in entries if entry.name not in self._exempt]):
             future = self._pipeline.submit(
-                functools.partial(self._reduce, coded, exact, step),
-                functools.partial(self._gather, coded, buffer),
+                functools.partial(legs.reduce, coded, exact, step, rescale),
+                functools.partial(legs.gather, coded, buffer),
             )
-            exact = []
+            exact, rescale = [], None
         return future
 
     def stats(self) -> CommStats:
         """What has been sent so far. Call it between steps."""
         traffic = Traffic()
-        traffic.add(self._reduce_traffic)
-        traffic.add(self._gather_traffic)
+        if self._legs is not None:
+            traffic.add(self._legs.reduce_traffic)
+            traffic.add(self._legs.gather_traffic)
         return CommStats(
             steps=self._steps - self._first_step,
             dense_bytes=self._dense_bytes,
@@ -210,48 +215,52 @@ class Comm:
             codec=self.codec.spec,
             gather=self.gather.spec,
             world_size=dist.get_world_size(self.group) if dist.is_initialized() else 1,
+            nodes=f"{len(self._nodes)} nodes of {len(self._nodes[0])} ranks, intra "
+            f"{self.intra.spec}"
+            if self.hierarchy is not None
+            else "",
             kernels=ops.status(),
-            num_compressed=self._num_compressed,
+            num_compressed=sum(self._compressed.values()),
             exempt=self._exempt,
-            is_detached=self._is_detached,
+            plain_reason=self._plain_reason(self._steps),
         )
 
     def state_dict(self) -> dict[str, Any]:
         """Residuals by parameter name, and the step count. Call it between steps.
 
-        It differs from rank to rank: save one a rank. Holds tensors, strings and integers only, so
+        It differs from rank to rank: save one a rank. Holds tensors, strings and numbers only, so
         ``torch.load(weights_only=True)`` reads it.
         """
         return {
-            "version": STATE_VERSION,
-            "codec": self.codec.spec,
-            "rank": dist.get_rank(self.group),
-            "world_size": dist.get_world_size(self.group),
+            **self._identity(),
             "steps": self._steps,
-            "residuals": self._residuals.state_dict(),
+            "loss_scale": float(self._loss_scale),
+            **self._residuals.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a :meth:`state_dict` of the same rank, world size, codec and model.
+    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+        """Continue from the :meth:`state_dict` of this rank, or from those of a former world.
+
+        Args:
+            state: That of the same rank and world size, restored to the bit. Or a list with those
+                of all ranks of a former world, of any size and hierarchy, in any order: every rank
+                then gets the mean of what they still owed, stochastically rounded, so that
+                sum(e) / ranks, what the mean gradient is still due, stays what it was.
 
         Raises:
             StateError: Names what differs; nothing is changed.
         """
-        expected = {
-            "version": STATE_VERSION,
-            "codec": self.codec.spec,
-            "rank": dist.get_rank(self.group),
-            "world_size": dist.get_world_size(self.group),
-        }
-        for key in (*expected, "steps", "residuals"):
-            if key not in state:
-                raise StateError(f"state dict has no {key!r}: it is not one of commrt's")
-        for key, value in expected.items():
-            if state[key] != value:
-                raise StateError(f"state dict has {key}={state[key]!r}: must be {value!r} here")
-        self._residuals.load_state_dict(state["residuals"])
-        self._first_step += int(state["steps"]) - self._steps
-        self._steps = int(state["steps"])
+        states = [state] if isinstance(state, Mapping) else list(state)
+        self._check_states(states, is_own=isinstance(state, Mapping))
+        own = [state for state in states if self._is_own(state)]
+        if own:
+            self._residuals.load(own[0])
+        else:
+            seed = derive_seed(self.seed, dist.get_rank(self.group), states[0]["steps"])
+            self._residuals.load_mean(states, states[0]["num_nodes"], seed)
+        self._loss_scale = torch.tensor(states[0]["loss_scale"])
+        self._first_step += int(states[0]["steps"]) - self._steps
+        self._steps = int(states[0]["steps"])
 
     def detach(self) -> None:
         """From now on average uncompressed, as plain DDP does; the residuals are given up.
@@ -260,25 +269,73 @@ class Comm:
         the model anew.
         """
         self._is_detached = True
-        self._residuals = Residuals(ExactCodec())
+        self._residuals.clear()
 
-    def _bind_one(self, name: str, parameter: Tensor) -> str:
-        if parameter not in self._names:
-            self._names[parameter] = name
+    def _new_averager(self, maker: GroupMaker, whole: LegGroups) -> Averager:
+        if self.hierarchy is None:
+            return Reducer(
+                self.codec, self.gather, whole.reduce, whole.gather, self.may_have_unused
+            )
+        node = next(node for node in self._nodes if dist.get_rank() in node)
+        local_rank = node.index(dist.get_rank())
+        local = maker.make(node)
+        peers = maker.make([node[local_rank] for node in self._nodes])
+        return TwoLevelReducer(
+            intra=Reducer(self.intra, self.gather, local.reduce, local.gather),
+            inter=Reducer(
+                self.codec, self.gather, peers.reduce, peers.gather, self.may_have_unused
+            ),
+        )
+
+    @functools.cached_property
+    def _nodes(self) -> list[tuple[int, ...]]:
+        """The (global) ranks of each node; without a hierarchy every rank is one."""
+        parent = self.group or dist.group.WORLD
+        assert parent is not None
+        return find_nodes(self.hierarchy or 1, dist.get_process_group_ranks(parent))
+
+    def _plain_reason(self, step: int) -> str:
+        """Why this step is averaged uncompressed; empty if it is not."""
+        if self._is_detached:
+            return "detached"
+        if isinstance(self.codec, ExactCodec):
+            return f"codec is {self.codec.spec}"
+        if step < self.warmup:
+            return f"warm-up: compressed from step {self.warmup} on"
+        if self.hierarchy is not None and len(self._nodes) == 1:
+            return "one node: nothing travels between nodes"
+        return ""
+
+    def _loss_scale_change(self, device: torch.device) -> Tensor | None:
+        """How much larger gradients are than in the last step; stays on the device."""
+        if self._grad_scaler is None:
+            return None
+        scale = self._grad_scaler.scale(torch.ones((), device=device))
+        assert isinstance(scale, Tensor)
+        ratio, self._loss_scale = scale / self._loss_scale.to(device), scale
+        return None if device.type == "cpu" and ratio == 1 else ratio
+
+    def _bind_one(self, parameter: Tensor) -> str:
+        name = self._names.setdefault(parameter, f"parameter.{len(self._names)}")
+        if name not in self._exempt and name not in self._compressed:
             reason = self._exemption(parameter)
             if reason:
                 self._exempt[name] = (reason, parameter.numel())
             else:
-                self._num_compressed += parameter.numel()
-                self._residuals.add(name, parameter.numel(), parameter.device)
-        return self._names[parameter]
+                self._compressed[name] = parameter.numel()
+                self._residuals.add(name, self._shard(parameter.numel()), parameter.device)
+        return name
 
-    def _name(self, parameter: Tensor) -> str:
-        return self._names.get(parameter, f"parameter.{len(self._names)}")
+    def _shard(self, numel: int) -> Shard:
+        if self.hierarchy is None:
+            return Shard(0, numel, numel)
+        node = next(node for node in self._nodes if dist.get_rank() in node)
+        local_rank = node.index(dist.get_rank())
+        return Shard(*share_of(numel, self.codec.block, local_rank, len(node)), numel)
 
     def _exemption(self, parameter: Tensor) -> str:
         if isinstance(self.codec, ExactCodec):
-            return "codec is none"
+            return f"codec is {self.codec.spec}"
         if parameter.dtype not in FLOAT_DTYPES:
             return f"dtype {parameter.dtype}"
         if parameter.numel() == 0:
@@ -290,85 +347,58 @@ class Comm:
         return ""
 
     def _settings(self) -> dict[str, str | int | float]:
-        layout = [(name, parameter.numel()) for parameter, name in self._names.items()]
+        parameters = [
+            (name, parameter.numel())
+            for parameter, name in self._names.items()
+            if name in self._compressed or name in self._exempt
+        ]
         return {
             "codec": self.codec.spec,
             "gather": self.gather.spec,
+            "intra": self.intra.spec,
+            "hierarchy": repr(self._nodes) if self.hierarchy is not None else "none",
             "min_numel": self.min_numel,
-            "parameters": len(layout),
-            "layout": derive_seed(repr(layout)),
+            "warmup": self.warmup,
+            "parameters": len(parameters),
+            "layout": derive_seed(repr(parameters)),
             "payload version": PAYLOAD_VERSION,
         }
 
-    def _exact(self, tensors: list[Tensor]) -> None:
-        assert self._reducer is not None
-        self._reduce_traffic.add(all_reduce_exact_(tensors, self._reducer.reduce_group))
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "codec": self.codec.spec,
+            "rank": dist.get_rank(self.group),
+            "world_size": dist.get_world_size(self.group),
+            "num_nodes": len(self._nodes),
+        }
 
-    def _reduce(self, coded: list[Entry], exact: list[Tensor], step: int) -> Any:
-        """First leg: encode and exchange; uncompressed parameters go in one small all-reduce."""
-        assert self._reducer is not None
-        received = None
-        if coded:
-            names = [entry.name for entry in coded]
-            grads = [entry.grad for entry in coded]
-            if isinstance(self.codec, LocoCodec) and self.codec.is_reset(step):
-                self._residuals.reset(names)
-            layout = self._reducer.layout(grads)
-            residuals = [self._residual_of(entry) for entry in coded]
-            rank = self._reducer.rank
-            seeds = [derive_seed(self.seed, rank, step, name) for name in names]
-            send = self._reducer.encode(grads, layout, residuals, seeds, self._reduce_traffic)
-            received = self._reducer.reduce_leg(send, layout, self._reduce_traffic)
-        if exact:
-            flat = torch.cat(exact)
-            self._exact([flat])
-            for grad, mean in zip(exact, flat.split([grad.numel() for grad in exact]), strict=True):
-                grad.copy_(mean)
-        return received
+    def _is_own(self, state: Mapping[str, Any]) -> bool:
+        """Whether a checked state is that of this very rank."""
+        is_same = all(state[key] == value for key, value in self._identity().items())
+        return is_same and self._residuals.fits(state)
 
-    def _residual_of(self, entry: Entry) -> Tensor | None:
-        """The parameter's residual; an empty stand-in where the parameter may be unused.
-
-        DDP drops the mean of a parameter that no rank has used, so nothing may be sent for it.
-        """
-        residual = self._residuals.get(entry.name)
-        if residual is None or not self.may_have_unused:
-            return residual
-        is_zero = float(torch.linalg.vector_norm(entry.grad, ord=float("inf"))) == 0
-        return torch.zeros_like(residual) if is_zero else residual
-
-    def _gather(self, coded: list[Entry], buffer: Tensor, received: Tensor | None) -> Tensor:
-        """Second leg: average, gather and decode into the bucket."""
-        assert self._reducer is not None
-        if received is not None:
-            grads = [entry.grad for entry in coded]
-            layout = self._reducer.layout(grads)
-            self._reducer.gather_leg(received, layout, grads, self._gather_traffic)
-        return buffer
-
-
-def _own_groups(
-    parent: dist.ProcessGroup, device: torch.device
-) -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
-    """A group for each leg, of the parent's ranks; on CUDA one stream orders both in one group.
-
-    Ranks outside the parent do not call. torch names a group made without them after the number of
-    groups a rank knows, so that has to be the same on all of the parent's ranks.
-    """
-    ranks = dist.get_process_group_ranks(parent)
-    is_world = len(ranks) == dist.get_world_size()
-    if not is_world:
-        check_agreement({"number of process groups": _num_groups()}, parent, device)
-    timeout = parent._get_backend(device).options._timeout
-    groups = [
-        dist.new_group(ranks, timeout=timeout, use_local_synchronization=not is_world)
-        for _ in range(1 if device.type == "cuda" else 2)
-    ]
-    return groups[0], groups[-1]
-
-
-def _num_groups() -> int:
-    return len(dist.distributed_c10d._world.pg_names)
+    def _check_states(self, states: list[Mapping[str, Any]], *, is_own: bool) -> None:
+        """Raise StateError unless they can be loaded: alone, or as all of a former world."""
+        expected = self._identity()
+        for state in states:
+            for key in (*expected, "steps", "loss_scale", "residuals", "shards"):
+                if key not in state:
+                    raise StateError(f"state dict has no {key!r}: it is not one of commrt's")
+            for key, value in expected.items():
+                if state[key] != value and (is_own or key in ("version", "codec")):
+                    raise StateError(f"state dict has {key}={state[key]!r}: must be {value!r} here")
+            self._residuals.check(state)
+        if is_own and not self._residuals.fits(states[0]):
+            raise StateError("state dict is of another hierarchy: load those of all ranks")
+        for key in ("world_size", "num_nodes", "steps", "loss_scale"):
+            if len({state[key] for state in states}) != 1:
+                raise StateError(f"state dicts differ in {key}: {[state[key] for state in states]}")
+        ranks = sorted(state["rank"] for state in states)
+        if not is_own and ranks != list(range(states[0]["world_size"])):
+            raise StateError(
+                f"state dicts are of ranks {ranks}: must be all {states[0]['world_size']}, once"
+            )
 
 
 def _runs(entries: list[Entry]) -> list[list[Entry]]:

@@ -1,9 +1,12 @@
 """DistributedDataParallel: the hook, and attaching it."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import GradBucket
+from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from commrt.codecs import Codec
@@ -19,6 +22,10 @@ def attach(
     min_numel: int = 1024,
     group: dist.ProcessGroup | None = None,
     seed: int = 0,
+    warmup: int = 0,
+    hierarchy: int | Sequence[Sequence[int]] | None = None,
+    intra: str | Codec = "none",
+    grad_scaler: GradScaler | None = None,
 ) -> Comm:
     """Send a DDP model's gradients at low bits, error-compensated.
 
@@ -33,6 +40,13 @@ def attach(
             two dimensions.
         group: Default: the model's own process group.
         seed: Of stochastic rounding, where a codec uses it.
+        warmup: Steps at the start that are averaged uncompressed.
+        hierarchy: Ranks a node (consecutive ranks being neighbours; under torchrun
+            ``int(os.environ["LOCAL_WORLD_SIZE"])``), or the ranks of each node: gradients are
+            averaged inside each node first, and only the node's mean is compressed.
+        intra: Codec inside a node: ``"none"`` or a block codec such as ``"block8"``.
+        grad_scaler: The ``torch.amp.GradScaler`` of the loss, if there is one: a change of the loss
+            scale then rescales the residuals.
 
     Returns:
         The :class:`Comm` of the model: ``state_dict``, ``load_state_dict``, ``stats``, ``report``,
@@ -45,14 +59,28 @@ def attach(
 
     Ranks: all ranks of the group, at the same point of the program.
 
-    Cost: memory of 1.02 bytes a parameter for the residual and less than two buckets for payloads.
+    Cost: memory of 1.02 bytes a parameter for the residual (with a hierarchy, divided by the ranks
+    of a node) and less than two buckets for payloads.
+
+    GradScaler: an overflow shows on every rank, which so skip the step together; residuals of the
+    blocks that were not finite stay as they were.
     """
     if not isinstance(model, DistributedDataParallel):
         raise ConfigError(
             f"model is a {type(model).__name__}: must be a DistributedDataParallel; "
             "attach after wrapping"
         )
-    comm = Comm(codec, gather, min_numel, group or model.process_group, seed)
+    comm = Comm(
+        codec,
+        gather,
+        min_numel,
+        group or model.process_group,
+        seed,
+        warmup=warmup,
+        hierarchy=hierarchy,
+        intra=intra,
+        grad_scaler=grad_scaler,
+    )
     try:
         model.register_comm_hook(comm, ddp_hook)
     except RuntimeError as error:
@@ -60,7 +88,8 @@ def attach(
             "model has a communication hook already: DDP takes one, wrap the model anew"
         ) from error
     comm.may_have_unused = model.find_unused_parameters or model.static_graph
-    comm.bind(model.module.named_parameters())
+    ignored = dict.fromkeys(model.parameters_to_ignore, "DDP does not hand it to the hook")
+    comm.bind(model.module.named_parameters(), ignored)
     comm.start(model.device or next(model.parameters()).device)
     return comm
 

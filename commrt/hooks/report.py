@@ -1,22 +1,60 @@
-"""The text of ``Comm.report()``."""
+"""What has been sent: ``Comm.stats()``, and the text of ``Comm.report()``."""
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from commrt.hooks.comm import CommStats
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommStats:
+    """What this rank has sent since the hook was attached.
+
+    With a hierarchy the bytes are those between nodes, but for ``node_bytes``.
+
+    Attributes:
+        steps: Backward passes that were communicated.
+        reduce_bytes: Sent on the reduce leg (gradients to their owners).
+        gather_bytes: Sent on the gather leg (means back to everybody).
+        node_bytes: Sent to ranks of the same node, with a hierarchy; else 0.
+        exact_bytes: Sent by the uncompressed all-reduces, a ring over all ranks.
+        dense_bytes: What a ring all-reduce of the same buckets, uncompressed, sends; with a
+            hierarchy, one between nodes, of which each local rank does its share.
+        residual_bytes: Memory of the residuals.
+        codec_s: Seconds spent encoding and decoding.
+        network_s: Seconds spent inside the process group.
+    """
+
+    steps: int
+    reduce_bytes: int
+    gather_bytes: int
+    node_bytes: int
+    exact_bytes: int
+    dense_bytes: int
+    residual_bytes: int
+    codec_s: float
+    network_s: float
+
+    @property
+    def wire_bytes(self) -> int:
+        """All bytes sent; with a hierarchy, between nodes."""
+        return self.reduce_bytes + self.gather_bytes + self.exact_bytes
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer bytes than uncompressed; 1 before the first step."""
+        return self.dense_bytes / self.wire_bytes if self.wire_bytes else 1.0
 
 
 def format_report(
     *,
-    stats: "CommStats",
+    stats: CommStats,
     codec: str,
     gather: str,
     world_size: int,
+    nodes: str,
     kernels: str,
     num_compressed: int,
     exempt: Mapping[str, tuple[str, int]],
-    is_detached: bool,
+    plain_reason: str,
 ) -> str:
     """Settings, bytes a step of each leg, and the reason of every uncompressed parameter."""
     steps = max(stats.steps, 1)
@@ -35,8 +73,11 @@ def format_report(
         f"  time a step  codec {stats.codec_s / steps * 1e3:.2f} ms, "
         f"network {stats.network_s / steps * 1e3:.2f} ms, over {stats.steps} steps",
     ]
-    if is_detached:
-        lines.append("  detached     gradients travel uncompressed")
+    if nodes:
+        lines.insert(1, f"  two levels   {nodes}; bytes are those between nodes")
+        lines.append(f"  inside nodes {stats.node_bytes / steps:,.0f} bytes a step")
+    if plain_reason:
+        lines.append(f"  uncompressed all gradients now: {plain_reason}")
     if world_size == 1:
         lines.append("  world size 1: nothing is sent and nothing is compressed")
     return "\n".join(lines)

@@ -1,15 +1,23 @@
 """Residuals of a model's parameters, by name: what a checkpoint of the communication holds."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from commrt.codecs import Codec, LocoCodec
+from commrt.codecs import Codec, LocoCodec, derive_seed
 from commrt.errors import StateError
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+
+
+class Shard(NamedTuple):
+    """Elements [begin, end) of a parameter of ``numel``: those whose residual this rank keeps."""
+
+    begin: int
+    end: int
+    numel: int
 
 
 class Residuals:
@@ -22,14 +30,14 @@ class Residuals:
     def __init__(self, codec: Codec) -> None:
         self._codec = codec
         self._payloads: dict[str, Tensor] = {}
-        self._numels: dict[str, int] = {}
+        self._shards: dict[str, Shard] = {}
 
-    def add(self, name: str, numel: int, device: torch.device) -> None:
+    def add(self, name: str, shard: Shard, device: torch.device) -> None:
         """Make an empty residual, unless the parameter has one."""
         if isinstance(self._codec, LocoCodec) and name not in self._payloads:
-            size = self._codec.residual_bytes(numel)
+            size = self._codec.residual_bytes(shard.end - shard.begin)
             self._payloads[name] = torch.zeros(size, dtype=torch.uint8, device=device)
-            self._numels[name] = numel
+            self._shards[name] = shard
 
     def get(self, name: str) -> Tensor | None:
         """The parameter's residual, to be updated in place; None without memory."""
@@ -41,6 +49,17 @@ class Residuals:
             if name in self._payloads:
                 self._payloads[name].zero_()
 
+    def clear(self) -> None:
+        """Give all of them up, and their memory."""
+        self._payloads.clear()
+        self._shards.clear()
+
+    def rescale_(self, ratio: Tensor) -> None:
+        """Multiply all residuals by a scalar: gradients are now that much larger."""
+        for payload in self._payloads.values():
+            assert isinstance(self._codec, LocoCodec)
+            self._codec.rescale_residual(payload, ratio)
+
     def num_bytes(self) -> int:
         """Memory they take."""
         return sum(payload.numel() for payload in self._payloads.values())
@@ -49,40 +68,81 @@ class Residuals:
         """Euclidean norm of all residuals e together."""
         total = 0.0
         for name, payload in self._payloads.items():
-            assert isinstance(self._codec, LocoCodec)
-            decoded = torch.empty(self._numels[name], dtype=torch.float32, device=payload.device)
-            self._codec.decode_residual(payload, decoded)
+            decoded = self._decode(payload, self._shards[name])
             total += float(decoded.double().square().sum())
         return float(total**0.5)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """A copy of every residual, by parameter name."""
-        return {name: payload.clone() for name, payload in self._payloads.items()}
+    def state_dict(self) -> dict[str, Any]:
+        """A copy of every residual, and which part of the parameter it belongs to, by name."""
+        return {
+            "residuals": {name: payload.clone() for name, payload in self._payloads.items()},
+            "shards": {name: list(shard) for name, shard in self._shards.items()},
+        }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Overwrite every residual.
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raise StateError unless ``state`` is of a model with the same parameters.
 
-        Raises:
-            StateError: Names what is missing, unexpected or of another size; nothing is changed.
+        Its message names what is missing, unexpected or of another size.
         """
-        missing = sorted(self._payloads.keys() - state.keys())
-        unexpected = sorted(state.keys() - self._payloads.keys())
+        missing = sorted(self._payloads.keys() - state["residuals"].keys())
+        unexpected = sorted(state["residuals"].keys() - self._payloads.keys())
         if missing or unexpected:
             raise StateError(
                 "state dict is of another model: "
                 f"missing {_listing(missing)}, unexpected {_listing(unexpected)}"
             )
-        for name, payload in self._payloads.items():
-            if state[name].dtype != torch.uint8 or state[name].shape != payload.shape:
+        for name, payload in state["residuals"].items():
+            assert isinstance(self._codec, LocoCodec)
+            begin, end, numel = state["shards"][name]
+            if numel != self._shards[name].numel:
                 raise StateError(
-                    f"residual of {name!r} is {state[name].dtype} {tuple(state[name].shape)}: "
-                    f"must be torch.uint8 {tuple(payload.shape)}"
+                    f"residual of {name!r} is of {numel} elements: "
+                    f"must be {self._shards[name].numel}"
                 )
+            size = self._codec.residual_bytes(end - begin)
+            if payload.dtype != torch.uint8 or payload.shape != (size,):
+                raise StateError(
+                    f"residual of {name!r} is {payload.dtype} {tuple(payload.shape)}: "
+                    f"must be torch.uint8 {(size,)}"
+                )
+
+    def fits(self, state: Mapping[str, Any]) -> bool:
+        """Whether a checked state keeps the same parts of the parameters as this rank does."""
+        return all(list(shard) == state["shards"][name] for name, shard in self._shards.items())
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Overwrite every residual with that of a checked state that :meth:`fits`."""
         for name, payload in self._payloads.items():
-            payload.copy_(state[name])
+            payload.copy_(state["residuals"][name])
+
+    def load_mean(self, states: Sequence[Mapping[str, Any]], num_holders: int, seed: int) -> None:
+        """Give every rank the mean of the residuals of a former world, whatever its size.
+
+        What the ranks still owe to the mean gradient, sum(e) / ranks, stays what it was.
+
+        Args:
+            states: Checked states of all its ranks.
+            num_holders: How many of them keep a residual of the same element.
+            seed: Of the rounding; another one on every rank.
+        """
+        for name, shard in self._shards.items():
+            assert isinstance(self._codec, LocoCodec)
+            total = torch.zeros(shard.numel)
+            for state in states:
+                begin, end, _ = part = Shard(*state["shards"][name])
+                total[begin:end] += self._decode(state["residuals"][name], part).cpu()
+            mean = (total[shard.begin : shard.end] / num_holders).to(self._payloads[name].device)
+            self._codec.encode_residual(mean, self._payloads[name], derive_seed(seed, name))
+
+    def _decode(self, payload: Tensor, shard: Shard) -> Tensor:
+        assert isinstance(self._codec, LocoCodec)
+        decoded = torch.empty(shard.end - shard.begin, device=payload.device)
+        self._codec.decode_residual(payload, decoded)
+        return decoded
 
 
-def _listing(names: list[str], limit: int = 8) -> str:
+def _listing(names: Iterable[str], limit: int = 8) -> str:
+    names = list(names)
     if not names:
         return "none"
     rest = f" and {len(names) - limit} more" if len(names) > limit else ""

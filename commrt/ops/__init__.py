@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from commrt.errors import ConfigError
+from commrt.ops import reference
 from commrt.ops.format import MAX_BETA, BlockFormat
 from commrt.ops.native import status
 
@@ -23,6 +24,7 @@ __all__ = [
     "decode_average",
     "decode_average_encode",
     "loco_encode",
+    "rescale_",
     "status",
 ]
 
@@ -170,6 +172,22 @@ def loco_encode(
         num_blocks,
         at_block,
     )
+
+
+def rescale_(payload: Tensor, ratio: Tensor, fmt: BlockFormat) -> None:
+    """Multiply every element of a payload, by multiplying its scales, in place.
+
+    Exact for powers of two; other ratios round each scale to bfloat16 (2**-9 relative).
+
+    Args:
+        payload: uint8, a whole number of blocks of ``fmt``, without NaN scales.
+        ratio: fp32 scalar above 0, on the payload's device, where it stays.
+        fmt: What the payload was encoded with.
+
+    Cost: reads and writes 2 bytes a block.
+    """
+    _check_payload("payload", payload, fmt)
+    reference.rescale_(payload, ratio, fmt.bits, fmt.block)
 
 
 def decode_average(

@@ -125,7 +125,7 @@ def detached_is_plain_ddp() -> None:
     assert after.exact_bytes > before.exact_bytes
     assert after.residual_bytes == 0
     assert after.steps == 6
-    assert "detached     gradients travel uncompressed" in comm.report()
+    assert "uncompressed all gradients now: detached" in comm.report()
 
 
 def test_uncompressed_gradients_are_those_of_plain_ddp() -> None:

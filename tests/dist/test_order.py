@@ -174,7 +174,7 @@ def jitter(seed: int) -> Iterator[None]:
             patch = mock.patch.object(owner, name, delayed(name, getattr(owner, name)))
             patches.enter_context(patch)
         exact = delayed("exact", all_reduce_exact_)
-        patches.enter_context(mock.patch("commrt.hooks.comm.all_reduce_exact_", exact))
+        patches.enter_context(mock.patch("commrt.hooks.legs.all_reduce_exact_", exact))
         yield
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import commrt
 from commrt import ops
 from commrt.codecs import parse, with_block
-from commrt.collectives import Reducer, ThreadPipeline, Traffic, ring_all_reduce_bytes
+from commrt.collectives import Reducer, Traffic, ring_all_reduce_bytes
 from commrt.testing import run_ranks, tcp_bytes_sent
 from tests.dist.small_training import EXEMPT, backward, small_model, wrap
 
@@ -49,9 +49,9 @@ def legs(codec: str, gather: str, dtype: torch.dtype) -> dict[str, tuple[int, in
     layout, traffic, sent = reducer.layout(tensors), Traffic(), []
     send = reducer.encode(tensors, layout, residuals, [0, 1], traffic)
     with counting(sent):
-        received = reducer.reduce_leg(send, layout, traffic)
+        received = reducer.exchange(send, layout, traffic)
     with counting(sent):
-        reducer.gather_leg(received, layout, tensors, traffic)
+        reducer.gather_leg(received, tensors, traffic)
     exact = Traffic()
     with counting(sent):
         exact.add(commrt.all_reduce_(tensors[0], codec="none"))
@@ -275,19 +275,11 @@ def test_the_report_names_a_fall_back_and_its_reason(capsys: pytest.CaptureFixtu
 class InstantReducer:
     """Counts like Reducer, sends nothing."""
 
-    rank, world_size = 0, 2
-
-    def layout(self, tensors: list[Tensor]) -> None:
-        return None
-
-    def encode(self, *args: Any) -> None:
-        return None
-
-    def reduce_leg(self, send: None, layout: None, traffic: Traffic) -> Tensor:
+    def reduce_leg(self, tensors: Any, residuals: Any, seeds: Any, traffic: Traffic) -> Tensor:
         traffic.reduce_bytes += 1
         return torch.empty(0)
 
-    def gather_leg(self, received: Tensor, layout: None, tensors: Any, traffic: Traffic) -> None:
+    def gather_leg(self, received: Tensor, tensors: Any, traffic: Traffic) -> None:
         traffic.gather_bytes += 1
 
 
@@ -303,16 +295,22 @@ class SlowTraffic(Traffic):
 
 def test_two_threads_lose_no_count() -> None:
     """Both legs count at the same time."""
+    run_ranks(two_threads_lose_no_count, world_size=2)
+
+
+def two_threads_lose_no_count() -> None:
     steps = 50
     weight = nn.Parameter(torch.zeros(32, 64))
     gradient = torch.zeros(weight.numel())
-    with mock.patch("commrt.hooks.comm.Traffic", SlowTraffic):
+    with (
+        mock.patch("commrt.hooks.legs.Traffic", SlowTraffic),
+        mock.patch("commrt.hooks.comm.Reducer", return_value=InstantReducer()),
+    ):
         comm = commrt.Comm("loco4")
         comm.bind([("weight", weight)])
-        comm._reducer, comm._pipeline = InstantReducer(), ThreadPipeline()
         for _ in range(steps):
-            comm.average(gradient, [(weight, gradient)], True)
-        comm._pipeline.close()
+            future = comm.average(gradient, [(weight, gradient)], True)
+        future.wait()
     stats = comm.stats()
     assert (stats.reduce_bytes, stats.gather_bytes) == (steps, steps)
 

@@ -1,0 +1,83 @@
+"""Process groups of commrt's own, made by every rank of a parent group in the same order."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from commrt.collectives.agreement import check_agreement
+from commrt.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class LegGroups:
+    """The same ranks twice: a group for each leg, on CUDA one for both (a stream orders them)."""
+
+    reduce: dist.ProcessGroup
+    gather: dist.ProcessGroup
+
+
+class GroupMaker:
+    """Makes groups of a parent's ranks; ranks outside the parent do not call.
+
+    Args:
+        parent: The group.
+        device: Its backend's.
+    """
+
+    def __init__(self, parent: dist.ProcessGroup, device: torch.device) -> None:
+        self._parent, self._device = parent, device
+        self._timeout = parent._get_backend(device).options._timeout
+        self._is_checked = False
+
+    def make(self, ranks: Sequence[int]) -> LegGroups:
+        """Groups of these global ranks.
+
+        torch names a group made without the other ranks after the number of groups a rank knows, so
+        that has to be the same on all of the parent's ranks.
+
+        Ranks: all of the parent, each naming a group that it is in.
+
+        Raises:
+            PeerMismatchError: On every rank of the parent, if the number of groups differs.
+        """
+        is_world = len(ranks) == dist.get_world_size()
+        if not is_world and not self._is_checked:
+            num_groups = len(dist.distributed_c10d._world.pg_names)
+            check_agreement({"number of process groups": num_groups}, self._parent, self._device)
+            self._is_checked = True
+        groups = [
+            dist.new_group(
+                list(ranks), timeout=self._timeout, use_local_synchronization=not is_world
+            )
+            for _ in range(1 if self._device.type == "cuda" else 2)
+        ]
+        return LegGroups(groups[0], groups[-1])
+
+
+def find_nodes(
+    hierarchy: int | Sequence[Sequence[int]], ranks: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """The ranks of each node.
+
+    Args:
+        hierarchy: Ranks a node, consecutive ones being neighbours, or each node's ranks.
+        ranks: All (global) ranks.
+
+    Raises:
+        ConfigError: The nodes are not equally large, or are not these ranks, each once.
+    """
+    if isinstance(hierarchy, int):
+        if hierarchy < 1 or len(ranks) % hierarchy:
+            raise ConfigError(
+                f"hierarchy={hierarchy} ranks a node: must divide the {len(ranks)} ranks"
+            )
+        starts = range(0, len(ranks), hierarchy)
+        return [tuple(ranks[start : start + hierarchy]) for start in starts]
+    nodes = [tuple(node) for node in hierarchy]
+    if sorted(rank for node in nodes for rank in node) != sorted(ranks):
+        raise ConfigError(f"hierarchy={nodes}: must name each of the ranks {list(ranks)} once")
+    if len({len(node) for node in nodes}) != 1:
+        raise ConfigError(f"hierarchy={nodes}: nodes must have equally many ranks")
+    return nodes
