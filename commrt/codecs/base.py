@@ -6,6 +6,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from commrt import ops
+from commrt.ops import BlockFormat
+
 
 class Window(NamedTuple):
     """Blocks ``[first_block, first_block + num_blocks)`` of a tensor, ``at_block`` of a payload."""
@@ -22,7 +25,7 @@ def derive_seed(*parts: int | str) -> int:
 
 
 class Codec(abc.ABC):
-    """Turns blocks of flat tensors into payloads and back.
+    """How tensors are sent.
 
     Codecs are immutable and hold no state: an encoder with memory keeps it in the residual that its
     caller passes in, so the caller decides what a residual belongs to and saves it.
@@ -30,11 +33,42 @@ class Codec(abc.ABC):
 
     block: int
     """Elements in a block."""
+    beta: float = 0.0
+    """Weight of the old residual when it is updated."""
 
     @property
     @abc.abstractmethod
     def spec(self) -> str:
         """The canonical spec string, which ``parse`` turns into a codec that sends the same."""
+
+    @property
+    def residual_fmt(self) -> BlockFormat | None:
+        """Format of the stored residual, itself a payload; None for a codec without memory."""
+        return None
+
+    def residual_bytes(self, numel: int) -> int:
+        """Size of the residual of a tensor of ``numel`` elements; 0 for a codec without memory."""
+        fmt = self.residual_fmt
+        return fmt.payload_bytes(fmt.num_blocks(numel)) if fmt else 0
+
+    def decode_residual(self, residual: Tensor, flat: Tensor) -> None:
+        """Write a stored residual e into ``flat``."""
+        assert self.residual_fmt is not None
+        ops.block_decode(residual, flat, self.residual_fmt)
+
+    def encode_residual(self, flat: Tensor, residual: Tensor, seed: int) -> None:
+        """Store ``flat`` as a residual, rounded stochastically, so that no rounding adds up."""
+        assert self.residual_fmt is not None
+        ops.block_encode(flat, residual, self.residual_fmt, seed=seed)
+
+    def rescale_residual(self, residual: Tensor, ratio: Tensor) -> None:
+        """Multiply a stored residual by ``ratio``, see :func:`commrt.ops.rescale_`."""
+        assert self.residual_fmt is not None
+        ops.rescale_(residual, ratio, self.residual_fmt)
+
+
+class BlockwiseCodec(Codec):
+    """Turns blocks of flat tensors into payloads and back."""
 
     @abc.abstractmethod
     def payload_bytes(self, num_blocks: int) -> int:
@@ -51,14 +85,9 @@ class Codec(abc.ABC):
         """Decode a window of ``payload`` into ``flat``."""
 
     @abc.abstractmethod
-    def encode_average(self, payloads: Tensor, source: "Codec", output: Tensor) -> None:
+    def encode_average(self, payloads: Tensor, source: "BlockwiseCodec", output: Tensor) -> None:
         """Average the rows of ``payloads`` (R, bytes) of codec ``source`` and encode the mean."""
 
     def num_blocks(self, numel: int) -> int:
         """Blocks that ``numel`` elements fill, the last perhaps in part."""
         return -(-numel // self.block)
-
-    def residual_bytes(self, numel: int) -> int:
-        """Size of the residual of a tensor of ``numel`` elements; 0 for a codec without memory."""
-        del numel
-        return 0

@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor
 
 from commrt import ops
-from commrt.codecs.base import Codec, Window
+from commrt.codecs.base import BlockwiseCodec, Window
 from commrt.errors import ConfigError
 from commrt.ops import BlockFormat
 
@@ -14,7 +14,7 @@ ROUNDINGS = ("nearest", "stochastic")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BlockCodec(Codec):
+class BlockCodec(BlockwiseCodec):
     """Quantise each block of a tensor with one scale.
 
     Payload: ``bits + 16 / block`` bits an element (4.125 at 4 bits in blocks of 128).
@@ -80,7 +80,7 @@ class BlockCodec(Codec):
         """See :class:`Codec`."""
         ops.block_decode(payload, flat, self.fmt, **window._asdict())
 
-    def encode_average(self, payloads: Tensor, source: Codec, output: Tensor) -> None:
+    def encode_average(self, payloads: Tensor, source: BlockwiseCodec, output: Tensor) -> None:
         """See :class:`Codec`. ``source`` is a block codec of the same block size."""
         assert isinstance(source, BlockCodec)
         ops.decode_average_encode(payloads, output, source.fmt, self.fmt)

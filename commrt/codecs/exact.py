@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from commrt import ops
-from commrt.codecs.base import Codec, Window
+from commrt.codecs.base import BlockwiseCodec, Window
 from commrt.codecs.block import DEFAULT_BLOCK, BlockCodec
 from commrt.errors import ConfigError
 from commrt.ops.format import BLOCKS
@@ -15,7 +15,7 @@ FLOAT_BYTES = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExactCodec(Codec):
+class ExactCodec(BlockwiseCodec):
     """Payloads are fp32 values; ``block`` only says in what units tensors are cut into shards."""
 
     block: int = DEFAULT_BLOCK
@@ -48,7 +48,7 @@ class ExactCodec(Codec):
         part = self._part(flat, window)
         part.copy_(self._values(payload, window)[: part.numel()])
 
-    def encode_average(self, payloads: Tensor, source: Codec, output: Tensor) -> None:
+    def encode_average(self, payloads: Tensor, source: BlockwiseCodec, output: Tensor) -> None:
         """See :class:`Codec`. ``source`` is a block codec."""
         assert isinstance(source, BlockCodec)
         ops.decode_average(payloads, output.view(torch.float32), source.fmt)

@@ -53,7 +53,7 @@ class LocoCodec(BlockCodec):
 
     @property
     def residual_fmt(self) -> BlockFormat:
-        """Format of the stored residual: itself a payload, of the same blocks."""
+        """See :class:`Codec`."""
         return BlockFormat(bits=self.residual, block=self.block)
 
     @property
@@ -65,10 +65,6 @@ class LocoCodec(BlockCodec):
     def is_reset(self, step: int) -> bool:
         """Whether the residual is emptied before this step, counted from 0."""
         return self.reset > 0 and step > 0 and step % self.reset == 0
-
-    def residual_bytes(self, numel: int) -> int:
-        """See :class:`Codec`."""
-        return self.residual_fmt.payload_bytes(self.num_blocks(numel))
 
     def encode(
         self, flat: Tensor, payload: Tensor, window: Window, *, residual: Tensor | None, seed: int
@@ -86,15 +82,3 @@ class LocoCodec(BlockCodec):
             seed=seed,
             **window._asdict(),
         )
-
-    def decode_residual(self, residual: Tensor, flat: Tensor) -> None:
-        """Write the stored residual e into ``flat``."""
-        ops.block_decode(residual, flat, self.residual_fmt)
-
-    def encode_residual(self, flat: Tensor, residual: Tensor, seed: int) -> None:
-        """Store ``flat`` as the residual e, rounded stochastically, so that no rounding adds up."""
-        ops.block_encode(flat, residual, self.residual_fmt, seed=seed)
-
-    def rescale_residual(self, residual: Tensor, ratio: Tensor) -> None:
-        """Multiply the stored residual by ``ratio``, see :func:`commrt.ops.rescale_`."""
-        ops.rescale_(residual, ratio, self.residual_fmt)

@@ -8,12 +8,18 @@ from commrt.codecs.base import Codec
 from commrt.codecs.block import BlockCodec
 from commrt.codecs.exact import ExactCodec, NoopCodec
 from commrt.codecs.loco import LocoCodec
+from commrt.codecs.lowrank import LowRankCodec
 from commrt.errors import ConfigError
 from commrt.ops.format import BITS
 
-_FAMILIES: dict[str, type[BlockCodec]] = {"block": BlockCodec, "loco": LocoCodec}
+# By name: the class, and which argument the number after the name is.
+_FAMILIES: dict[str, tuple[type[Any], str]] = {
+    "block": (BlockCodec, "bits"),
+    "loco": (LocoCodec, "bits"),
+    "lowrank": (LowRankCodec, "rank"),
+}
 _PLAIN: dict[str, type[ExactCodec]] = {"none": ExactCodec, "noop": NoopCodec}
-_EXAMPLES = "'loco4', 'loco4:block=128,beta=0.9', 'block8' or 'none'"
+_EXAMPLES = "'loco4', 'loco4:block=128,beta=0.9', 'block8', 'lowrank8' or 'none'"
 
 
 def parse(spec: str | Codec) -> Codec:
@@ -23,6 +29,7 @@ def parse(spec: str | Codec) -> Codec:
         spec: ``"none"``, ``"noop"`` (sends nothing, a probe), or ``loco`` or ``block`` followed by
             the bits (1, 2, 4, 8), then options ``key=value`` after a colon, separated by commas:
             ``block``, ``levels``, ``rounding``; for LoCo also ``beta``, ``residual``, ``reset``.
+            Or ``lowrank`` followed by the rank, with ``bits``, ``basis``, ``block``, ``residual``.
 
     Raises:
         ConfigError: For an unknown name, option or value; says what is allowed.
@@ -34,13 +41,13 @@ def parse(spec: str | Codec) -> Codec:
     if spec in _PLAIN:
         return _PLAIN[spec]()
     match = re.fullmatch(r"([a-z]+)([1-9][0-9]*)(?::(.+))?", spec)
-    family = _FAMILIES.get(match[1]) if match else None
-    if match is None or family is None:
+    if match is None or match[1] not in _FAMILIES:
         raise ConfigError(f"codec={spec!r}: must be a spec such as {_EXAMPLES}")
-    bits = int(match[2])
-    if bits not in BITS:
-        raise ConfigError(f"codec={spec!r} has {bits} bits: must be one of {BITS}")
-    return family(bits=bits, **_options(spec, family, match[3]))
+    family, number = _FAMILIES[match[1]]
+    if number == "bits" and int(match[2]) not in BITS:
+        raise ConfigError(f"codec={spec!r} has {match[2]} bits: must be one of {BITS}")
+    codec: Codec = family(**{number: int(match[2])}, **_options(spec, family, number, match[3]))
+    return codec
 
 
 def with_block(spec: str | Codec, block: int) -> Codec:
@@ -54,9 +61,9 @@ def with_block(spec: str | Codec, block: int) -> Codec:
     return parse(spec)
 
 
-def _options(spec: str, family: type[BlockCodec], text: str | None) -> dict[str, Any]:
+def _options(spec: str, family: type[Any], number: str, text: str | None) -> dict[str, Any]:
     types = {field.name: field.type for field in dataclasses.fields(family) if field.init}
-    del types["bits"]
+    del types[number]
     options: dict[str, Any] = {}
     for part in text.split(",") if text else []:
         key, _, value = part.partition("=")

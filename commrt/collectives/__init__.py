@@ -10,14 +10,17 @@ from commrt.collectives.compressed import (
 from commrt.collectives.groups import GroupMaker, LegGroups, find_nodes
 from commrt.collectives.hierarchy import TwoLevelReducer
 from commrt.collectives.layout import share_of
+from commrt.collectives.lowrank import LowRankReducer
 from commrt.collectives.order import Pipeline, StreamPipeline, ThreadPipeline
-from commrt.collectives.reducer import Averager, Reducer, all_reduce_exact_, check_gather
+from commrt.collectives.reducer import Averager, Item, Reducer, all_reduce_exact_, check_gather
 from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes
 
 __all__ = [
     "Averager",
     "GroupMaker",
+    "Item",
     "LegGroups",
+    "LowRankReducer",
     "Pipeline",
     "Reducer",
     "StreamPipeline",

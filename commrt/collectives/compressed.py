@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import (
+    BlockwiseCodec,
     Codec,
     ExactCodec,
     LocoCodec,
@@ -20,7 +21,7 @@ from commrt.codecs import (
     with_block,
 )
 from commrt.collectives.layout import one_each
-from commrt.collectives.reducer import Reducer, all_reduce_exact_
+from commrt.collectives.reducer import Item, Reducer, all_reduce_exact_
 from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic
 from commrt.errors import ConfigError
@@ -58,13 +59,11 @@ def all_reduce_(
     codec = _parse(codec)
     if isinstance(codec, ExactCodec):
         return all_reduce_exact_(tensors, group)
-    reducer = Reducer(codec, with_block(gather, codec.block), group, group)
+    reducer = Reducer(codec, _parse(with_block(gather, codec.block)), group, group)
     traffic = Traffic()
     if reducer.world_size > 1 and any(tensor.numel() > 0 for tensor in tensors):
-        seeds = [derive_seed(seed, reducer.rank, index) for index in range(len(tensors))]
-        errors = _residuals(codec, tensors, residuals)
-        received = reducer.reduce_leg(tensors, errors, seeds, traffic)
-        reducer.gather_leg(received, tensors, traffic)
+        items = _items(codec, tensors, residuals, seed, reducer.rank)
+        reducer.gather_leg(reducer.reduce_leg(items, traffic), items, traffic)
     return traffic
 
 
@@ -106,10 +105,9 @@ def reduce_scatter(
         if residual.numel() != sum(sizes):
             raise ConfigError(f"residual has {residual.numel()} bytes: must be {sum(sizes)}")
         residuals = residual.split(sizes)
-    errors = _residuals(codec, shards, residuals)
-    seeds = [derive_seed(seed, reducer.rank, index) for index in range(len(shards))]
+    items = _items(codec, shards, residuals, seed, reducer.rank)
     traffic = Traffic()
-    send = reducer.encode(shards, layout, errors, seeds, traffic)
+    send = reducer.encode(items, layout, traffic)
     received = reducer.exchange(send, layout, traffic)
     output = torch.empty(
         layout.num_blocks(reducer.rank) * codec.block, dtype=torch.float32, device=input.device
@@ -174,10 +172,10 @@ def new_residuals(codec: Codec, numels: Sequence[int], device: torch.device) -> 
     ]
 
 
-def _parse(spec: str | Codec) -> Codec:
+def _parse(spec: str | Codec) -> BlockwiseCodec:
     codec = parse(spec)
-    if isinstance(codec, NoopCodec):
-        raise ConfigError("codec='noop': only a hook can leave gradients alone")
+    if isinstance(codec, NoopCodec) or not isinstance(codec, BlockwiseCodec):
+        raise ConfigError(f"codec={codec.spec!r}: only commrt.attach takes it")
     return codec
 
 
@@ -186,11 +184,16 @@ def _check_flat(input: Tensor) -> None:
         raise ConfigError(f"input has shape {tuple(input.shape)}: must be 1-D and contiguous")
 
 
-def _residuals(
-    codec: Codec, tensors: Sequence[Tensor], residuals: Sequence[Tensor] | None
-) -> Sequence[Tensor | None]:
-    if not isinstance(codec, LocoCodec):
-        return [None] * len(tensors)
+def _items(
+    codec: Codec,
+    tensors: Sequence[Tensor],
+    residuals: Sequence[Tensor] | None,
+    seed: int,
+    rank: int,
+) -> list[Item]:
+    seeds = [derive_seed(seed, rank, index) for index in range(len(tensors))]
+    if codec.residual_fmt is None:
+        return [Item(*pair, None) for pair in zip(tensors, seeds, strict=True)]
     if residuals is None or len(residuals) != len(tensors):
         given = "None" if residuals is None else str(len(residuals))
         raise ConfigError(f"residuals={given}: {codec.spec!r} needs one for each tensor")
@@ -198,7 +201,7 @@ def _residuals(
         expected = codec.residual_bytes(tensor.numel())
         if residual.numel() != expected:
             raise ConfigError(f"residual has {residual.numel()} bytes: must be {expected}")
-    return residuals
+    return [Item(*parts) for parts in zip(tensors, seeds, residuals, strict=True)]
 
 
 def _shard_numels(numel: int, given: Sequence[int] | None, world_size: int) -> list[int]:

@@ -68,6 +68,9 @@ def find_nodes(
     Raises:
         ConfigError: The nodes are not equally large, or are not these ranks, each once.
     """
+    is_number = not isinstance(hierarchy, Sequence)
+    if is_number and (not isinstance(hierarchy, int) or isinstance(hierarchy, bool)):
+        raise ConfigError(f"hierarchy={hierarchy!r}: must be ranks a node, or lists of ranks")
     if isinstance(hierarchy, int):
         if hierarchy < 1 or len(ranks) % hierarchy:
             raise ConfigError(
@@ -75,6 +78,8 @@ def find_nodes(
             )
         starts = range(0, len(ranks), hierarchy)
         return [tuple(ranks[start : start + hierarchy]) for start in starts]
+    if not all(isinstance(node, Sequence) for node in hierarchy):
+        raise ConfigError(f"hierarchy={hierarchy!r}: must be ranks a node, or lists of ranks")
     nodes = [tuple(node) for node in hierarchy]
     if sorted(rank for node in nodes for rank in node) != sorted(ranks):
         raise ConfigError(f"hierarchy={nodes}: must name each of the ranks {list(ranks)} once")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from commrt.collectives.layout import Layout, balanced, share_of, split_each
-from commrt.collectives.reducer import Reducer, timed
+from commrt.collectives.reducer import Item, Reducer, timed
 from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic
 
@@ -40,40 +40,35 @@ class TwoLevelReducer:
     intra: Reducer
     inter: Reducer
 
-    def reduce_leg(
-        self,
-        tensors: Sequence[Tensor],
-        residuals: Sequence[Tensor | None],
-        seeds: Sequence[int],
-        traffic: Traffic,
-    ) -> Tensor:
+    def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Tensor:
         """Average over the node, then send the shares between nodes. Residuals are of shares."""
-        layout = self._layout(tensors)
+        layout = self._layout([item.tensor for item in items])
+        whole = [dataclasses.replace(item, residual=None) for item in items]
         inside = Traffic()
-        send = self.intra.encode(tensors, layout, [None] * len(tensors), seeds, inside)
-        received = self.intra.exchange(send, layout, inside)
+        received = self.intra.exchange(self.intra.encode(whole, layout, inside), layout, inside)
         with timed(inside, "codec_s"):
-            shares = self._node_mean(received, layout, tensors)
+            shares = self._node_mean(received, layout, items)
         inside.node_bytes, inside.reduce_bytes = inside.reduce_bytes, 0
         traffic.add(inside)
-        return self.inter.reduce_leg(shares, residuals, seeds, traffic)
+        return self.inter.reduce_leg(shares, traffic)
 
-    def gather_leg(self, received: Tensor, tensors: Sequence[Tensor], traffic: Traffic) -> None:
+    def gather_leg(self, received: Tensor, items: Sequence[Item], traffic: Traffic) -> None:
         """Average between nodes, then pass the payloads on inside the node and decode them."""
+        tensors = [item.tensor for item in items]
         layouts = [self._share_layout(rank, tensors) for rank in range(self.intra.world_size)]
         own = self.inter.share(received, layouts[self.intra.rank], traffic)
         slot = max(self.inter.slot_bytes(layout) for layout in layouts) * self.inter.world_size
-        scratch = self.intra.scratch
+        scratch = self.inter.scratch
         padded = scratch.take("padded", slot, own.device)
         padded[: own.numel()].copy_(own)
-        gathered = scratch.take("gathered", slot * self.intra.world_size, own.device)
+        passed_on = scratch.take("passed on", slot * self.intra.world_size, own.device)
         with timed(traffic, "network_s"):
-            all_gather_single(gathered, padded, group=self.intra.gather_group)
+            all_gather_single(passed_on, padded, group=self.intra.gather_group)
         traffic.node_bytes += slot * (self.intra.world_size - 1)
         with timed(traffic, "codec_s"):
             for rank, layout in enumerate(layouts):
                 shares = [self._share(tensor, rank) for tensor in tensors]
-                self.inter.decode(gathered[rank * slot :], layout, shares)
+                self.inter.decode(passed_on[rank * slot :], layout, shares)
 
     def _layout(self, tensors: Sequence[Tensor]) -> Layout:
         numels = tuple(tensor.numel() for tensor in tensors)
@@ -91,16 +86,15 @@ class TwoLevelReducer:
         numels = tuple(end - begin for begin, end in bounds)
         return balanced(numels, self.inter.codec.block, self.inter.world_size)
 
-    def _node_mean(
-        self, received: Tensor, layout: Layout, tensors: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """This rank's share of each tensor, fp32."""
+    def _node_mean(self, received: Tensor, layout: Layout, items: Sequence[Item]) -> list[Item]:
+        """This rank's share of each item, fp32."""
         block, rank = self.inter.codec.block, self.intra.rank
         num_bytes = layout.num_blocks(rank) * block * 4
         mean = self.intra.scratch.take("mean", num_bytes, received.device).view(torch.float32)
         self.intra.average(received, layout, mean)
         shares = []
         for index, window in layout.shards[rank]:
-            begin, end = self._bounds(rank, tensors[index])
-            shares.append(mean[window.at_block * block :][: end - begin])
+            begin, end = self._bounds(rank, items[index].tensor)
+            share = mean[window.at_block * block :][: end - begin]
+            shares.append(dataclasses.replace(items[index], tensor=share))
         return shares

@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from commrt.codecs import Codec, Window
+from commrt.codecs import BlockwiseCodec, Window
 
 ALIGNMENT = 16  # bytes; payloads of different shards begin on a vector boundary
 
@@ -36,11 +36,11 @@ class Layout:
         """Blocks in one rank's shard."""
         return sum(piece.window.num_blocks for piece in self.shards[rank])
 
-    def payload_bytes(self, codec: Codec, rank: int) -> int:
+    def payload_bytes(self, codec: BlockwiseCodec, rank: int) -> int:
         """Exact payload size of one rank's shard."""
         return codec.payload_bytes(self.num_blocks(rank))
 
-    def slot_bytes(self, codec: Codec, rank: int) -> int:
+    def slot_bytes(self, codec: BlockwiseCodec, rank: int) -> int:
         """What the payload takes in a buffer: its size, rounded up to the alignment."""
         return -(-self.payload_bytes(codec, rank) // ALIGNMENT) * ALIGNMENT
 

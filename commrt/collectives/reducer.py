@@ -14,13 +14,13 @@ import dataclasses
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, NoopCodec
+from commrt.codecs import BlockCodec, BlockwiseCodec, Codec, ExactCodec, NoopCodec
 from commrt.collectives.layout import Layout, balanced
 from commrt.collectives.scratch import Scratch
 from commrt.collectives.torch_names import all_gather_single
@@ -28,27 +28,32 @@ from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes
 from commrt.errors import ConfigError
 
 
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One tensor to be averaged, and what this rank keeps of it from step to step.
+
+    Attributes:
+        tensor: Flat, overwritten with the mean.
+        seed: Of stochastic rounding.
+        residual: Updated; None without memory. With two levels, of this rank's share of the tensor.
+        shape: Of the parameter, for codecs of matrices.
+        basis: Updated, for codecs of matrices.
+    """
+
+    tensor: Tensor
+    seed: int
+    residual: Tensor | None
+    shape: torch.Size | None = None
+    basis: Tensor | None = None
+
+
 class Averager(Protocol):
     """Replaces tensors by their mean over ranks, in two legs that may run on different threads."""
 
-    def reduce_leg(
-        self,
-        tensors: Sequence[Tensor],
-        residuals: Sequence[Tensor | None],
-        seeds: Sequence[int],
-        traffic: Traffic,
-    ) -> Tensor:
-        """Send the tensors' shards to their owners; returns what this rank has received.
+    def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Any:
+        """Send the items to their owners, of one dtype and device; returns what was received."""
 
-        Args:
-            tensors: Flat tensors of one dtype and device.
-            residuals: One a tensor, updated; None without memory. With two levels, of this local
-                rank's share of the tensor.
-            seeds: Of stochastic rounding, one a tensor.
-            traffic: Counts what is sent.
-        """
-
-    def gather_leg(self, received: Tensor, tensors: Sequence[Tensor], traffic: Traffic) -> None:
+    def gather_leg(self, received: Any, items: Sequence[Item], traffic: Traffic) -> None:
         """Average what was received, send it to everybody and decode it into the tensors."""
 
 
@@ -70,8 +75,8 @@ class Reducer:
         ConfigError: Where the two codecs do not fit together.
     """
 
-    codec: Codec
-    gather: Codec
+    codec: BlockwiseCodec
+    gather: BlockwiseCodec
     reduce_group: dist.ProcessGroup | None
     gather_group: dist.ProcessGroup | None
     hold_zeros: bool = False
@@ -84,20 +89,14 @@ class Reducer:
         object.__setattr__(self, "rank", dist.get_rank(self.reduce_group))
         object.__setattr__(self, "world_size", dist.get_world_size(self.reduce_group))
 
-    def reduce_leg(
-        self,
-        tensors: Sequence[Tensor],
-        residuals: Sequence[Tensor | None],
-        seeds: Sequence[int],
-        traffic: Traffic,
-    ) -> Tensor:
+    def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Tensor:
         """See :class:`Averager`; returns every rank's payload of this rank's shard, (W, bytes)."""
-        layout = self.layout(tensors)
-        send = self.encode(tensors, layout, residuals, seeds, traffic)
-        return self.exchange(send, layout, traffic)
+        layout = self.layout([item.tensor for item in items])
+        return self.exchange(self.encode(items, layout, traffic), layout, traffic)
 
-    def gather_leg(self, received: Tensor, tensors: Sequence[Tensor], traffic: Traffic) -> None:
+    def gather_leg(self, received: Tensor, items: Sequence[Item], traffic: Traffic) -> None:
         """See :class:`Averager`."""
+        tensors = [item.tensor for item in items]
         layout = self.layout(tensors)
         gathered = self.share(received, layout, traffic)
         with timed(traffic, "codec_s"):
@@ -108,33 +107,34 @@ class Reducer:
         numels = tuple(tensor.numel() for tensor in tensors)
         return balanced(numels, self.codec.block, self.world_size)
 
-    def encode(
-        self,
-        tensors: Sequence[Tensor],
-        layout: Layout,
-        residuals: Sequence[Tensor | None],
-        seeds: Sequence[int],
-        traffic: Traffic,
-    ) -> Tensor:
+    def encode(self, items: Sequence[Item], layout: Layout, traffic: Traffic) -> Tensor:
         """Every shard's payload, one after the other."""
         sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
-        send = self.scratch.take("send", sum(sizes), tensors[0].device)
+        send = self.scratch.take("send", sum(sizes), items[0].tensor.device)
         with timed(traffic, "codec_s"):
-            if self.hold_zeros:
-                pairs = zip(tensors, residuals, strict=True)
-                residuals = [_held(tensor, residual) for tensor, residual in pairs]
+            residuals = [self._residual(item) for item in items]
             for rank, slot in enumerate(send.split(sizes)):
                 size = layout.payload_bytes(self.codec, rank)
                 slot[size:].zero_()
                 for index, window in layout.shards[rank]:
+                    item = items[index]
                     self.codec.encode(
-                        tensors[index],
+                        item.tensor,
                         slot[:size],
                         window,
                         residual=residuals[index],
-                        seed=seeds[index],
+                        seed=item.seed,
                     )
         return send
+
+    def decode_sent(self, send: Tensor, layout: Layout, tensors: Sequence[Tensor]) -> None:
+        """Write into the tensors what the others will decode of :meth:`encode`."""
+        sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
+        for slot, pieces in zip(send.split(sizes), layout.shards, strict=True):
+            size = sum(window.num_blocks for _, window in pieces)
+            payload = slot[: self.codec.payload_bytes(size)]
+            for index, window in pieces:
+                self.codec.decode(payload, tensors[index], window)
 
     def exchange(self, send: Tensor, layout: Layout, traffic: Traffic) -> Tensor:
         """Give every rank its shard's payload; returns those of this rank's, (W, bytes)."""
@@ -179,7 +179,14 @@ class Reducer:
             for index, window in pieces:
                 self.gather.decode(payload, tensors[index], window)
 
-    def _average_into(self, received: Tensor, layout: Layout, codec: Codec, output: Tensor) -> None:
+    def _residual(self, item: Item) -> Tensor | None:
+        if item.residual is None or not self.hold_zeros or not is_zero(item.tensor):
+            return item.residual
+        return torch.zeros_like(item.residual)
+
+    def _average_into(
+        self, received: Tensor, layout: Layout, codec: BlockwiseCodec, output: Tensor
+    ) -> None:
         if isinstance(self.codec, ExactCodec):
             values = received.view(-1).view(torch.float32)
             rows = values.view(self.world_size, values.numel() // self.world_size)
@@ -202,23 +209,23 @@ def all_reduce_exact_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None
     return traffic
 
 
-def check_gather(codec: Codec, gather: Codec, name: str = "gather") -> None:
+def check_gather(codec: Codec, gather: Codec, name: str = "gather") -> BlockwiseCodec:
     """Raise ConfigError where ``gather``, a setting of this name, cannot go with ``codec``."""
     is_stochastic = isinstance(gather, BlockCodec) and gather.is_stochastic
-    if isinstance(gather, LocoCodec | NoopCodec) or is_stochastic:
+    is_plain = isinstance(gather, BlockwiseCodec) and gather.residual_fmt is None
+    if not is_plain or isinstance(gather, NoopCodec) or is_stochastic:
         raise ConfigError(
             f"{name}={gather.spec!r}: must be 'none' or a block codec that rounds to nearest"
         )
     if gather.block != codec.block:
         raise ConfigError(f"{name} has block={gather.block}: must be the codec's {codec.block}")
+    assert isinstance(gather, BlockwiseCodec)
+    return gather
 
 
-def _held(tensor: Tensor, residual: Tensor | None) -> Tensor | None:
-    """The residual; an empty stand-in for that of a tensor of zeros."""
-    if residual is None or tensor.numel() == 0:
-        return residual
-    is_zero = float(torch.linalg.vector_norm(tensor, ord=float("inf"))) == 0
-    return torch.zeros_like(residual) if is_zero else residual
+def is_zero(tensor: Tensor) -> bool:
+    """Whether all elements are zero; waits for the device."""
+    return tensor.numel() == 0 or float(torch.linalg.vector_norm(tensor, ord=float("inf"))) == 0
 
 
 @contextmanager

@@ -13,11 +13,21 @@ from torch.amp import GradScaler
 from torch.futures import Future
 
 from commrt import ops
-from commrt.codecs import Codec, ExactCodec, NoopCodec, derive_seed, parse, with_block
+from commrt.codecs import (
+    BlockwiseCodec,
+    Codec,
+    ExactCodec,
+    LowRankCodec,
+    NoopCodec,
+    derive_seed,
+    parse,
+    with_block,
+)
 from commrt.collectives import (
     Averager,
     GroupMaker,
     LegGroups,
+    LowRankReducer,
     Pipeline,
     Reducer,
     StreamPipeline,
@@ -62,6 +72,8 @@ class Comm:
         hierarchy: Ranks a node (consecutive ranks being neighbours), or the ranks of each node:
             gradients are averaged inside each node first, and only the node's mean is compressed.
         intra: Codec inside a node: ``"none"`` or a block codec such as ``"block8"``.
+        small: Codec of the parameters that ``min_numel`` and the rules beside it exempt:
+            ``"none"`` or a block codec such as ``"block8"``.
         grad_scaler: The scaler of the loss, whose changes then rescale the residuals; without it
             they would weigh wrongly after a change of the loss scale.
 
@@ -80,16 +92,18 @@ class Comm:
         warmup: int = 0,
         hierarchy: int | Sequence[Sequence[int]] | None = None,
         intra: str | Codec = "none",
+        small: str | Codec = "none",
         grad_scaler: GradScaler | None = None,
     ) -> None:
         for name, value in (("min_numel", min_numel), ("warmup", warmup)):
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}: must be an integer of at least 0")
         self.codec = parse(codec)
-        self.gather = with_block("block8" if gather is None else gather, self.codec.block)
-        self.intra = with_block(intra, self.codec.block)
-        check_gather(self.codec, self.gather)
-        check_gather(self.codec, self.intra, name="intra")
+        self.gather = self._plain_codec("gather", "block8" if gather is None else gather)
+        self.intra = self._plain_codec("intra", intra)
+        self.small = self._plain_codec("small", small)
+        if isinstance(self.codec, LowRankCodec) and hierarchy is not None:
+            raise ConfigError(f"hierarchy={hierarchy!r} with {self.codec.spec!r}: must be None")
         self.min_numel = min_numel
         self.group = group
         self.seed = seed
@@ -106,7 +120,7 @@ class Comm:
         self._dense_bytes = 0
         self._steps = 0
         self._first_step = 0
-        self._is_new_step = True
+        self._newest_coded = -1
         self._is_detached = False
         self._world_size = 1
         self._legs: Legs | None = None
@@ -147,7 +161,12 @@ class Comm:
         maker = GroupMaker(parent, device)
         whole = maker.make(dist.get_process_group_ranks(parent))
         self._legs = Legs(
-            self.codec, self._new_averager(maker, whole), whole.reduce, self._residuals, self.seed
+            self.codec,
+            self._new_averager(maker, whole),
+            self._new_small_averager(whole),
+            whole.reduce,
+            self._residuals,
+            self.seed,
         )
         is_cuda = device.type == "cuda"
         self._pipeline = StreamPipeline(device) if is_cuda else ThreadPipeline()
@@ -171,8 +190,6 @@ class Comm:
         assert self._pipeline is not None
         assert self._legs is not None
         step, self._steps = self._steps, self._steps + is_last
-        rescale = self._loss_scale_change(buffer.device) if self._is_new_step else None
-        self._is_new_step = is_last
         if self._world_size == 1 or isinstance(self.codec, NoopCodec):
             return _completed(buffer)
         legs, num_bytes = self._legs, buffer.numel() * buffer.element_size()
@@ -181,14 +198,16 @@ class Comm:
             return self._pipeline.submit(lambda: legs.exact([buffer]), lambda _: buffer)
         num_nodes, num_local = len(self._nodes), len(self._nodes[0])
         self._dense_bytes += ring_all_reduce_bytes(num_bytes, num_nodes) // num_local
-        entries = [Entry(self._bind_one(param), grad) for param, grad in parts]
-        exact = [entry.grad for entry in entries if entry.name in self._exempt]
+        rescale = self._loss_scale_change(buffer.device) if step != self._newest_coded else None
+        self._newest_coded = step
+        entries = [Entry(self._bind_one(param), grad, param.shape) for param, grad in parts]
+        small = [entry for entry in entries if entry.name in self._exempt]
         for coded in _runs([entry for entry in entries if entry.name not in self._exempt]):
             future = self._pipeline.submit(
-                functools.partial(legs.reduce, coded, exact, step, rescale),
-                functools.partial(legs.gather, coded, buffer),
+                functools.partial(legs.reduce, coded, small, step, rescale),
+                functools.partial(legs.gather, buffer),
             )
-            exact, rescale = [], None
+            small, rescale = [], None
         return future
 
     def stats(self) -> CommStats:
@@ -257,7 +276,7 @@ class Comm:
             self._residuals.load(own[0])
         else:
             seed = derive_seed(self.seed, dist.get_rank(self.group), states[0]["steps"])
-            self._residuals.load_mean(states, states[0]["num_nodes"], seed)
+            self._residuals.load_mean(states, len(states[0]["nodes"]), seed)
         self._loss_scale = torch.tensor(states[0]["loss_scale"])
         self._first_step += int(states[0]["steps"]) - self._steps
         self._steps = int(states[0]["steps"])
@@ -272,27 +291,47 @@ class Comm:
         self._residuals.clear()
 
     def _new_averager(self, maker: GroupMaker, whole: LegGroups) -> Averager:
-        if self.hierarchy is None:
-            return Reducer(
-                self.codec, self.gather, whole.reduce, whole.gather, self.may_have_unused
+        gather, hold = self.gather, self.may_have_unused
+        if isinstance(self.codec, LowRankCodec):
+            basis = self.codec.basis_codec
+            return LowRankReducer(
+                self.codec,
+                basis=Reducer(basis, basis, whole.reduce, whole.reduce),
+                values=Reducer(self.codec.values_codec, gather, whole.reduce, whole.gather),
+                hold_zeros=hold,
             )
-        node = next(node for node in self._nodes if dist.get_rank() in node)
-        local_rank = node.index(dist.get_rank())
+        assert isinstance(self.codec, BlockwiseCodec)
+        if self.hierarchy is None:
+            return Reducer(self.codec, gather, whole.reduce, whole.gather, hold)
+        node, local_rank = self._place
         local = maker.make(node)
         peers = maker.make([node[local_rank] for node in self._nodes])
         return TwoLevelReducer(
-            intra=Reducer(self.intra, self.gather, local.reduce, local.gather),
-            inter=Reducer(
-                self.codec, self.gather, peers.reduce, peers.gather, self.may_have_unused
-            ),
+            intra=Reducer(self.intra, gather, local.reduce, local.gather),
+            inter=Reducer(self.codec, gather, peers.reduce, peers.gather, hold),
         )
+
+    def _new_small_averager(self, whole: LegGroups) -> Averager | None:
+        if isinstance(self.small, ExactCodec):
+            return None
+        return Reducer(self.small, self.small, whole.reduce, whole.reduce)
+
+    def _plain_codec(self, name: str, spec: str | Codec) -> BlockwiseCodec:
+        return check_gather(self.codec, with_block(spec, self.codec.block), name)
 
     @functools.cached_property
     def _nodes(self) -> list[tuple[int, ...]]:
         """The (global) ranks of each node; without a hierarchy every rank is one."""
         parent = self.group or dist.group.WORLD
         assert parent is not None
-        return find_nodes(self.hierarchy or 1, dist.get_process_group_ranks(parent))
+        hierarchy = 1 if self.hierarchy is None else self.hierarchy
+        return find_nodes(hierarchy, dist.get_process_group_ranks(parent))
+
+    @property
+    def _place(self) -> tuple[tuple[int, ...], int]:
+        """The ranks of this node, and which of them this one is."""
+        node = next(node for node in self._nodes if dist.get_rank() in node)
+        return node, node.index(dist.get_rank())
 
     def _plain_reason(self, step: int) -> str:
         """Why this step is averaged uncompressed; empty if it is not."""
@@ -323,14 +362,13 @@ class Comm:
                 self._exempt[name] = (reason, parameter.numel())
             else:
                 self._compressed[name] = parameter.numel()
-                self._residuals.add(name, self._shard(parameter.numel()), parameter.device)
+                self._residuals.add(name, parameter, self._shard(parameter.numel()))
         return name
 
     def _shard(self, numel: int) -> Shard:
         if self.hierarchy is None:
             return Shard(0, numel, numel)
-        node = next(node for node in self._nodes if dist.get_rank() in node)
-        local_rank = node.index(dist.get_rank())
+        node, local_rank = self._place
         return Shard(*share_of(numel, self.codec.block, local_rank, len(node)), numel)
 
     def _exemption(self, parameter: Tensor) -> str:
@@ -344,6 +382,8 @@ class Comm:
             return "fewer than 2 dimensions"
         if parameter.numel() < self.min_numel:
             return f"fewer than {self.min_numel} elements"
+        if isinstance(self.codec, LowRankCodec) and not self.codec.pays(parameter.shape):
+            return f"factors of rank {self.codec.rank} would not be half as large"
         return ""
 
     def _settings(self) -> dict[str, str | int | float]:
@@ -356,12 +396,22 @@ class Comm:
             "codec": self.codec.spec,
             "gather": self.gather.spec,
             "intra": self.intra.spec,
+            "small": self.small.spec,
             "hierarchy": repr(self._nodes) if self.hierarchy is not None else "none",
             "min_numel": self.min_numel,
             "warmup": self.warmup,
             "parameters": len(parameters),
             "layout": derive_seed(repr(parameters)),
             "payload version": PAYLOAD_VERSION,
+            **(self._arithmetic() if isinstance(self.codec, LowRankCodec) else {}),
+        }
+
+    def _arithmetic(self) -> dict[str, str | int]:
+        """What matrix products depend on, which ranks must round alike."""
+        return {
+            "torch": torch.__version__,
+            "processor": torch.backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
         }
 
     def _identity(self) -> dict[str, Any]:
@@ -370,8 +420,13 @@ class Comm:
             "codec": self.codec.spec,
             "rank": dist.get_rank(self.group),
             "world_size": dist.get_world_size(self.group),
-            "num_nodes": len(self._nodes),
+            "nodes": self._node_ranks(),
         }
+
+    def _node_ranks(self) -> list[list[int]]:
+        """The ranks of each node, counted within the group."""
+        ranks = sorted(rank for node in self._nodes for rank in node)
+        return [[ranks.index(rank) for rank in node] for node in self._nodes]
 
     def _is_own(self, state: Mapping[str, Any]) -> bool:
         """Whether a checked state is that of this very rank."""
@@ -382,7 +437,7 @@ class Comm:
         """Raise StateError unless they can be loaded: alone, or as all of a former world."""
         expected = self._identity()
         for state in states:
-            for key in (*expected, "steps", "loss_scale", "residuals", "shards"):
+            for key in (*expected, "steps", "loss_scale", "residuals", "shards", "bases"):
                 if key not in state:
                     raise StateError(f"state dict has no {key!r}: it is not one of commrt's")
             for key, value in expected.items():
@@ -391,8 +446,8 @@ class Comm:
             self._residuals.check(state)
         if is_own and not self._residuals.fits(states[0]):
             raise StateError("state dict is of another hierarchy: load those of all ranks")
-        for key in ("world_size", "num_nodes", "steps", "loss_scale"):
-            if len({state[key] for state in states}) != 1:
+        for key in ("world_size", "nodes", "steps", "loss_scale"):
+            if any(state[key] != states[0][key] for state in states):
                 raise StateError(f"state dicts differ in {key}: {[state[key] for state in states]}")
         ranks = sorted(state["rank"] for state in states)
         if not is_own and ranks != list(range(states[0]["world_size"])):

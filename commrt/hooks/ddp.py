@@ -25,6 +25,7 @@ def attach(
     warmup: int = 0,
     hierarchy: int | Sequence[Sequence[int]] | None = None,
     intra: str | Codec = "none",
+    small: str | Codec = "none",
     grad_scaler: GradScaler | None = None,
 ) -> Comm:
     """Send a DDP model's gradients at low bits, error-compensated.
@@ -45,6 +46,7 @@ def attach(
             ``int(os.environ["LOCAL_WORLD_SIZE"])``), or the ranks of each node: gradients are
             averaged inside each node first, and only the node's mean is compressed.
         intra: Codec inside a node: ``"none"`` or a block codec such as ``"block8"``.
+        small: Codec of the parameters that are exempt by size: ``"none"`` or ``"block8"``.
         grad_scaler: The ``torch.amp.GradScaler`` of the loss, if there is one: a change of the loss
             scale then rescales the residuals.
 
@@ -79,17 +81,18 @@ def attach(
         warmup=warmup,
         hierarchy=hierarchy,
         intra=intra,
+        small=small,
         grad_scaler=grad_scaler,
     )
+    comm.may_have_unused = model.find_unused_parameters or model.static_graph
+    ignored = dict.fromkeys(model.parameters_to_ignore, "DDP does not hand it to the hook")
+    comm.bind(model.module.named_parameters(), ignored)
     try:
         model.register_comm_hook(comm, ddp_hook)
     except RuntimeError as error:
         raise ConfigError(
             "model has a communication hook already: DDP takes one, wrap the model anew"
         ) from error
-    comm.may_have_unused = model.find_unused_parameters or model.static_graph
-    ignored = dict.fromkeys(model.parameters_to_ignore, "DDP does not hand it to the hook")
-    comm.bind(model.module.named_parameters(), ignored)
     comm.start(model.device or next(model.parameters()).device)
     return comm
 

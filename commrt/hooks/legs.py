@@ -1,13 +1,14 @@
 """What is done with the parameters of one bucket, on the threads of the pipeline."""
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import Codec, LocoCodec, derive_seed
-from commrt.collectives import Averager, Traffic, all_reduce_exact_
+from commrt.collectives import Averager, Item, Traffic, all_reduce_exact_
 from commrt.hooks.residuals import Residuals
 
 
@@ -17,6 +18,7 @@ class Entry:
 
     name: str
     grad: Tensor
+    shape: torch.Size
 
 
 class Legs:
@@ -25,6 +27,7 @@ class Legs:
     Args:
         codec: Of the reduce leg.
         averager: Averages the compressed parameters.
+        small: Averages the others, on the reduce leg; None: uncompressed.
         group: Of the uncompressed all-reduces, used on the reduce leg only.
         residuals: Of the parameters, by name.
         seed: Of stochastic rounding.
@@ -38,12 +41,14 @@ class Legs:
         self,
         codec: Codec,
         averager: Averager,
+        small: Averager | None,
         group: dist.ProcessGroup,
         residuals: Residuals,
         seed: int,
     ) -> None:
         self._codec = codec
         self._averager = averager
+        self._small = small
         self._group = group
         self._residuals = residuals
         self._seed = seed
@@ -55,35 +60,47 @@ class Legs:
         self.reduce_traffic.add(all_reduce_exact_(tensors, self._group))
 
     def reduce(
-        self, coded: list[Entry], exact: list[Tensor], step: int, rescale: Tensor | None
-    ) -> Tensor | None:
-        """First leg: encode and exchange; uncompressed parameters go in one small all-reduce.
+        self, coded: list[Entry], small: list[Entry], step: int, rescale: Tensor | None
+    ) -> tuple[list[Item], Any]:
+        """First leg: encode and exchange the compressed parameters; average the small ones.
 
-        ``rescale``, where a step begins, is how much larger its gradients are than the last one's.
+        ``rescale``, where a step begins, is how much larger its gradients are than those before.
         """
-        received = None
         if rescale is not None:
             self._residuals.rescale_(rescale)
-        if coded:
-            names = [entry.name for entry in coded]
+        items, received = [self._item(entry, step) for entry in coded], None
+        if items:
             if isinstance(self._codec, LocoCodec) and self._codec.is_reset(step):
-                self._residuals.reset(names)
-            received = self._averager.reduce_leg(
-                [entry.grad for entry in coded],
-                [self._residuals.get(name) for name in names],
-                [derive_seed(self._seed, self._rank, step, name) for name in names],
-                self.reduce_traffic,
-            )
-        if exact:
-            flat = torch.cat(exact)
-            self.exact([flat])
-            for grad, mean in zip(exact, flat.split([grad.numel() for grad in exact]), strict=True):
-                grad.copy_(mean)
-        return received
+                self._residuals.reset([entry.name for entry in coded])
+            received = self._averager.reduce_leg(items, self.reduce_traffic)
+        if small:
+            self._average_small(small, step)
+        return items, received
 
-    def gather(self, coded: list[Entry], buffer: Tensor, received: Tensor | None) -> Tensor:
+    def gather(self, buffer: Tensor, reduced: tuple[list[Item], Any]) -> Tensor:
         """Second leg: average, gather and decode into the bucket, which is returned."""
-        if received is not None:
-            grads = [entry.grad for entry in coded]
-            self._averager.gather_leg(received, grads, self.gather_traffic)
+        items, received = reduced
+        if items:
+            self._averager.gather_leg(received, items, self.gather_traffic)
         return buffer
+
+    def _item(self, entry: Entry, step: int) -> Item:
+        return Item(
+            entry.grad,
+            derive_seed(self._seed, self._rank, step, entry.name),
+            self._residuals.get(entry.name),
+            entry.shape,
+            self._residuals.basis(entry.name),
+        )
+
+    def _average_small(self, small: list[Entry], step: int) -> None:
+        if self._small is not None:
+            items = [self._item(entry, step) for entry in small]
+            received = self._small.reduce_leg(items, self.reduce_traffic)
+            self._small.gather_leg(received, items, self.reduce_traffic)
+            return
+        flat = torch.cat([entry.grad for entry in small])
+        self.exact([flat])
+        means = flat.split([entry.grad.numel() for entry in small])
+        for entry, mean in zip(small, means, strict=True):
+            entry.grad.copy_(mean)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from commrt.codecs import Codec, LocoCodec, derive_seed
+from commrt.codecs import Codec, LowRankCodec, derive_seed
 from commrt.errors import StateError
 
 STATE_VERSION = 2
@@ -31,17 +31,26 @@ class Residuals:
         self._codec = codec
         self._payloads: dict[str, Tensor] = {}
         self._shards: dict[str, Shard] = {}
+        self._bases: dict[str, Tensor] = {}
 
-    def add(self, name: str, shard: Shard, device: torch.device) -> None:
+    def add(self, name: str, parameter: Tensor, shard: Shard) -> None:
         """Make an empty residual, unless the parameter has one."""
-        if isinstance(self._codec, LocoCodec) and name not in self._payloads:
-            size = self._codec.residual_bytes(shard.end - shard.begin)
-            self._payloads[name] = torch.zeros(size, dtype=torch.uint8, device=device)
-            self._shards[name] = shard
+        if self._codec.residual_fmt is None or name in self._payloads:
+            return
+        size = self._codec.residual_bytes(shard.end - shard.begin)
+        self._payloads[name] = torch.zeros(size, dtype=torch.uint8, device=parameter.device)
+        self._shards[name] = shard
+        if isinstance(self._codec, LowRankCodec):
+            basis = self._codec.new_basis(parameter.shape, name)
+            self._bases[name] = basis.to(parameter.device)
 
     def get(self, name: str) -> Tensor | None:
         """The parameter's residual, to be updated in place; None without memory."""
         return self._payloads.get(name)
+
+    def basis(self, name: str) -> Tensor | None:
+        """The parameter's basis, to be updated in place; None but for low-rank codecs."""
+        return self._bases.get(name)
 
     def reset(self, names: list[str]) -> None:
         """Empty the residuals of these parameters."""
@@ -51,18 +60,19 @@ class Residuals:
 
     def clear(self) -> None:
         """Give all of them up, and their memory."""
-        self._payloads.clear()
-        self._shards.clear()
+        for part in (self._payloads, self._shards, self._bases):
+            part.clear()
 
     def rescale_(self, ratio: Tensor) -> None:
         """Multiply all residuals by a scalar: gradients are now that much larger."""
-        for payload in self._payloads.values():
-            assert isinstance(self._codec, LocoCodec)
+        # A copy of the list: another thread may add one, empty, meanwhile.
+        for payload in list(self._payloads.values()):
             self._codec.rescale_residual(payload, ratio)
 
     def num_bytes(self) -> int:
         """Memory they take."""
-        return sum(payload.numel() for payload in self._payloads.values())
+        kept = (*self._payloads.values(), *self._bases.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     def norm(self) -> float:
         """Euclidean norm of all residuals e together."""
@@ -73,10 +83,11 @@ class Residuals:
         return float(total**0.5)
 
     def state_dict(self) -> dict[str, Any]:
-        """A copy of every residual, and which part of the parameter it belongs to, by name."""
+        """Copies, by name: every residual, the part of the parameter it is of, and the basis."""
         return {
             "residuals": {name: payload.clone() for name, payload in self._payloads.items()},
             "shards": {name: list(shard) for name, shard in self._shards.items()},
+            "bases": {name: basis.clone() for name, basis in self._bases.items()},
         }
 
     def check(self, state: Mapping[str, Any]) -> None:
@@ -92,7 +103,6 @@ class Residuals:
                 f"missing {_listing(missing)}, unexpected {_listing(unexpected)}"
             )
         for name, payload in state["residuals"].items():
-            assert isinstance(self._codec, LocoCodec)
             begin, end, numel = state["shards"][name]
             if numel != self._shards[name].numel:
                 raise StateError(
@@ -105,6 +115,9 @@ class Residuals:
                     f"residual of {name!r} is {payload.dtype} {tuple(payload.shape)}: "
                     f"must be torch.uint8 {(size,)}"
                 )
+        for name, basis in self._bases.items():
+            if name not in state["bases"] or state["bases"][name].shape != basis.shape:
+                raise StateError(f"state dict has no basis of {name!r} of {tuple(basis.shape)}")
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether a checked state keeps the same parts of the parameters as this rank does."""
@@ -114,6 +127,7 @@ class Residuals:
         """Overwrite every residual with that of a checked state that :meth:`fits`."""
         for name, payload in self._payloads.items():
             payload.copy_(state["residuals"][name])
+        self._load_bases(state)
 
     def load_mean(self, states: Sequence[Mapping[str, Any]], num_holders: int, seed: int) -> None:
         """Give every rank the mean of the residuals of a former world, whatever its size.
@@ -126,16 +140,19 @@ class Residuals:
             seed: Of the rounding; another one on every rank.
         """
         for name, shard in self._shards.items():
-            assert isinstance(self._codec, LocoCodec)
             total = torch.zeros(shard.numel)
             for state in states:
                 begin, end, _ = part = Shard(*state["shards"][name])
                 total[begin:end] += self._decode(state["residuals"][name], part).cpu()
             mean = (total[shard.begin : shard.end] / num_holders).to(self._payloads[name].device)
             self._codec.encode_residual(mean, self._payloads[name], derive_seed(seed, name))
+        self._load_bases(states[0])
+
+    def _load_bases(self, state: Mapping[str, Any]) -> None:
+        for name, basis in self._bases.items():
+            basis.copy_(state["bases"][name])
 
     def _decode(self, payload: Tensor, shard: Shard) -> Tensor:
-        assert isinstance(self._codec, LocoCodec)
         decoded = torch.empty(shard.end - shard.begin, device=payload.device)
         self._codec.decode_residual(payload, decoded)
         return decoded

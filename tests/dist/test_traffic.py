@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import commrt
 from commrt import ops
 from commrt.codecs import parse, with_block
-from commrt.collectives import Reducer, Traffic, ring_all_reduce_bytes
+from commrt.collectives import Item, Reducer, Traffic, ring_all_reduce_bytes
 from commrt.testing import run_ranks, tcp_bytes_sent
 from tests.dist.small_training import EXEMPT, backward, small_model, wrap
 
@@ -47,11 +47,12 @@ def legs(codec: str, gather: str, dtype: torch.dtype) -> dict[str, tuple[int, in
     tensors = [torch.randn(NUMEL).to(dtype), torch.randn(129).to(dtype)]
     residuals = commrt.new_residuals(parsed, [NUMEL, 129], torch.device("cpu"))
     layout, traffic, sent = reducer.layout(tensors), Traffic(), []
-    send = reducer.encode(tensors, layout, residuals, [0, 1], traffic)
+    items = [Item(*parts) for parts in zip(tensors, [0, 1], residuals, strict=True)]
+    send = reducer.encode(items, layout, traffic)
     with counting(sent):
         received = reducer.exchange(send, layout, traffic)
     with counting(sent):
-        reducer.gather_leg(received, tensors, traffic)
+        reducer.gather_leg(received, items, traffic)
     exact = Traffic()
     with counting(sent):
         exact.add(commrt.all_reduce_(tensors[0], codec="none"))
@@ -275,11 +276,11 @@ def test_the_report_names_a_fall_back_and_its_reason(capsys: pytest.CaptureFixtu
 class InstantReducer:
     """Counts like Reducer, sends nothing."""
 
-    def reduce_leg(self, tensors: Any, residuals: Any, seeds: Any, traffic: Traffic) -> Tensor:
+    def reduce_leg(self, items: Any, traffic: Traffic) -> Tensor:
         traffic.reduce_bytes += 1
         return torch.empty(0)
 
-    def gather_leg(self, received: Tensor, tensors: Any, traffic: Traffic) -> None:
+    def gather_leg(self, received: Tensor, items: Any, traffic: Traffic) -> None:
         traffic.gather_bytes += 1
 
 

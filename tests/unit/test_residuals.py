@@ -13,7 +13,6 @@ from commrt.codecs import Window, parse
 from commrt.errors import StateError
 from commrt.hooks.residuals import Residuals, Shard
 
-CPU = torch.device("cpu")
 NUMELS = {"first.weight": 1000, "second.weight": 129, "one": 1}
 
 
@@ -24,7 +23,7 @@ def whole(numel: int) -> Shard:
 def empty(codec: str = "loco4") -> Residuals:
     residuals = Residuals(parse(codec))
     for name, numel in NUMELS.items():
-        residuals.add(name, whole(numel), CPU)
+        residuals.add(name, torch.empty(numel), whole(numel))
     return residuals
 
 
@@ -83,7 +82,7 @@ def test_the_state_is_a_copy_both_ways() -> None:
 def test_adding_a_parameter_again_keeps_its_residual() -> None:
     residuals = filled()
     before = payloads(residuals)
-    residuals.add("first.weight", whole(1000), CPU)
+    residuals.add("first.weight", torch.empty(1000), whole(1000))
     assert_same(payloads(residuals), before)
 
 
@@ -155,7 +154,7 @@ def test_shares_of_a_node_are_put_together() -> None:
     states, errors = [], []
     for shard in halves * 2:
         part = Residuals(codec)
-        part.add("weight", shard, CPU)
+        part.add("weight", torch.empty(1000), shard)
         error = torch.randn(shard.end - shard.begin, generator=generator)
         codec.encode_residual(error, part.get("weight"), seed=0)
         codec.decode_residual(part.get("weight"), error)
@@ -164,7 +163,7 @@ def test_shares_of_a_node_are_put_together() -> None:
     expected = (torch.cat(errors[:2]) + torch.cat(errors[2:])) / 2
     for shard in (whole(1000), *halves):
         fresh = Residuals(codec)
-        fresh.add("weight", shard, CPU)
+        fresh.add("weight", torch.empty(1000), shard)
         fresh.check(states[0])
         fresh.load_mean(states, num_holders=2, seed=1)
         found = torch.empty(shard.end - shard.begin)
@@ -179,7 +178,7 @@ def test_a_codec_without_memory_has_no_residuals(codec: str) -> None:
     assert residuals.get("first.weight") is None
     assert residuals.num_bytes() == 0
     assert residuals.norm() == 0.0
-    assert residuals.state_dict() == {"residuals": {}, "shards": {}}
+    assert residuals.state_dict() == {"residuals": {}, "shards": {}, "bases": {}}
 
 
 @pytest.mark.parametrize(("codec", "most"), [("loco4", 1.1), ("loco4:residual=4", 0.6)])
@@ -187,7 +186,7 @@ def test_memory_of_a_big_parameter(codec: str, most: float) -> None:
     """Bytes a parameter, counted from the buffers."""
     numel = 768 * 3072
     residuals = Residuals(parse(codec))
-    residuals.add("weight", whole(numel), CPU)
+    residuals.add("weight", torch.empty(numel), whole(numel))
     buffer = residuals.get("weight")
     assert buffer is not None
     assert residuals.num_bytes() == buffer.numel() * buffer.element_size()
@@ -248,6 +247,6 @@ def test_a_state_of_another_share_does_not_fit() -> None:
 def test_many_missing_names_are_cut_short() -> None:
     residuals = Residuals(parse("loco4"))
     for index in range(10):
-        residuals.add(f"layer.{index}", whole(128), CPU)
+        residuals.add(f"layer.{index}", torch.empty(128), whole(128))
     with pytest.raises(StateError, match=r"missing layer\.0, .*layer\.7 and 2 more, unexpected"):
         residuals.check({"residuals": {}, "shards": {}})

@@ -1,0 +1,237 @@
+"""Step time on slow links: method against method, rate against rate, on emulated nodes.
+
+Every node is a network namespace with one rank; its link is shaped both ways by ``launch/netcluster``
+(emulated: nodes share this machine's cores, so compute is slower and noisier than on a cluster).
+Within a cell, methods take turns, a few steps each, in one run of the ranks. A step is a forward,
+backward and AdamW step of the main job's model; its time is that of the slowest rank. Bytes are
+those of the interface's counter, headers and acknowledgements included.
+
+    python -m bench.cluster --nodes 4 --rates 100mbit 200mbit 1gbit none -o bench/results/cluster.json
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from commrt.training.config import PRESETS, ModelConfig
+from commrt.training.model import GPT, next_byte_losses
+from torch import Tensor
+
+from bench import harness
+from bench.methods import Method, install
+
+METHODS = (
+    *("noop", "fp32", "fp16", "powersgd:4", "powersgd:8"),
+    *("loco8", "loco4", "loco2/block2", "loco1/block1"),
+)
+ROOT = Path(__file__).parents[1]
+WARM_STEPS = 3  # of each method at first: DDP's first buckets, PowerSGD's plain steps
+COLUMNS = (
+    *("nodes", "rate", "method", "step_ms", "p90_ms", "speed_up", "limit_ms", "to_limit"),
+    *("interface_MB", "to_payload"),
+)
+
+
+class Job:
+    """One method's model, optimizer and measurements on one rank."""
+
+    def __init__(self, name: str, args: argparse.Namespace) -> None:
+        self.name = name
+        self.durations: list[float] = []
+        self.interface_bytes = self.payload_bytes = 0
+        preset = PRESETS[args.preset]
+        config = ModelConfig(
+            dim=preset.dim,
+            num_layers=preset.num_layers,
+            num_heads=preset.num_heads,
+            seq_len=args.seq_len,
+        )
+        torch.manual_seed(0)
+        self.method: Method = install(name, GPT(config))
+        self.optimizer = torch.optim.AdamW(self.method.ddp.parameters(), lr=1e-3, fused=True)
+        generator = torch.Generator().manual_seed(dist.get_rank())
+        shape = args.batch_size, args.seq_len + 1
+        text = torch.randint(0, 256, shape, generator=generator)
+        self.inputs, self.targets = text[:, :-1], text[:, 1:]
+
+    def step(self) -> float:
+        began = time.perf_counter()
+        next_byte_losses(self.method.ddp(self.inputs), self.targets).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return time.perf_counter() - began
+
+    def measure(self, num_steps: int) -> None:
+        """Take steps; the first, which may wait for ranks that begin late, is not counted."""
+        self.step()
+        dist.barrier()
+        sent, paid = sent_bytes(), self._payload()
+        self.durations += [self.step() for _ in range(num_steps)]
+        self.interface_bytes += sent_bytes() - sent
+        self.payload_bytes += self._payload() - paid
+
+    def _payload(self) -> int:
+        return self.method.comm.stats().wire_bytes if self.method.comm else 0
+
+    def results(self, num_params: int) -> dict[str, Any]:
+        """Over all ranks: the slowest one's durations, the busiest interface's bytes a step."""
+        own = [*self.durations, float(self.interface_bytes), float(self.payload_bytes)]
+        most = torch.tensor(own, dtype=torch.float64)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        *durations, interface, payload = most.tolist()
+        steps = len(durations)
+        payload = payload or self._known_payload(num_params) * steps
+        return {
+            "method": self.name,
+            "step_ms": 1e3 * statistics.median(durations),
+            "p90_ms": 1e3 * statistics.quantiles(durations, n=10)[-1],
+            "interface_bytes": interface / steps,
+            "payload_bytes": payload / steps,
+            "durations_ms": [round(1e3 * duration, 3) for duration in durations],
+        }
+
+    def _known_payload(self, num_params: int) -> float:
+        """A ring all-reduce's bytes; nothing is known of PowerSGD's."""
+        share = 2 * num_params * (dist.get_world_size() - 1) / dist.get_world_size()
+        return {"fp32": 4 * share, "fp16": 2 * share}.get(self.name, 0.0)
+
+
+def sent_bytes() -> int:
+    """Bytes sent over this node's interface so far."""
+    name = os.environ["GLOO_SOCKET_IFNAME"]
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        interface, _, counters = line.partition(":")
+        if interface.strip() == name:
+            return int(counters.split()[8])
+    raise OSError(f"/proc/net/dev lists no interface {name}")
+
+
+def run_rank(args: argparse.Namespace) -> None:
+    """What a rank of a cell does; rank 0 writes the results."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    jobs = [Job(name, args) for name in args.methods]
+    for job in jobs:
+        for _ in range(WARM_STEPS):
+            job.step()
+    for _ in range(args.rounds):
+        for job in jobs:
+            job.measure(args.steps)
+    num_params = sum(parameter.numel() for parameter in jobs[0].method.ddp.parameters())
+    rows = [job.results(num_params) for job in jobs]
+    if dist.get_rank() == 0:
+        args.cell.write_text(json.dumps({"num_params": num_params, "rows": rows}))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run_cell(nodes: int, rate: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All methods on ``nodes`` emulated nodes at one rate."""
+    with tempfile.TemporaryDirectory() as folder:
+        cell = Path(folder, "cell.json")
+        command = [
+            *(str(ROOT / "launch/netcluster"), "--nodes", str(nodes), "--rate", rate, "--"),
+            *("-m", "bench.cluster", "--cell", str(cell), "--methods", *args.methods),
+            *("--preset", args.preset, "--batch-size", str(args.batch_size)),
+            *("--seq-len", str(args.seq_len), "--rounds", str(args.rounds)),
+            *("--steps", str(args.steps)),
+        ]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        found = json.loads(cell.read_text())
+    return with_limits(found["rows"], nodes, rate)
+
+
+def with_limits(rows: Sequence[dict[str, Any]], nodes: int, rate: str) -> list[dict[str, Any]]:
+    """Add what is computed from other rows of the cell: the speed-up and the limit."""
+    by_method = {row["method"]: row for row in rows}
+    dense = by_method.get("fp32")
+    compute_ms = by_method["noop"]["step_ms"] if "noop" in by_method else 0.0
+    for row in rows:
+        wire_ms = 8e3 * row["interface_bytes"] / bits_per_s(rate)
+        row |= {"nodes": nodes, "rate": rate, "limit_ms": max(compute_ms, wire_ms)}
+        row["speed_up"] = dense["step_ms"] / row["step_ms"] if dense else float("nan")
+        row["to_limit"] = row["step_ms"] / row["limit_ms"] if row["limit_ms"] else float("nan")
+        row["interface_MB"] = row["interface_bytes"] / 1e6
+        payload = row["payload_bytes"]
+        row["to_payload"] = row["interface_bytes"] / payload if payload else float("nan")
+    return list(rows)
+
+
+def bits_per_s(rate: str) -> float:
+    """Of a rate as tc writes it; infinite for "none"."""
+    if rate == "none":
+        return float("inf")
+    for unit, factor in (("kbit", 1e3), ("mbit", 1e6), ("gbit", 1e9)):
+        if rate.endswith(unit):
+            return float(rate.removesuffix(unit)) * factor
+    raise SystemExit(f"rate is {rate!r}: must be none or a number with kbit, mbit or gbit")
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Speed-up over fp32 of each method, rate by rate, on the largest number of nodes."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    from matplotlib import pyplot
+
+    nodes = max(row["nodes"] for row in rows)
+    rows = [row for row in rows if row["nodes"] == nodes and row["method"] != "noop"]
+    rates = list(dict.fromkeys(row["rate"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    width = 0.8 / len(methods)
+    for index, method in enumerate(methods):
+        found = {row["rate"]: row["speed_up"] for row in rows if row["method"] == method}
+        places = [position + index * width for position in range(len(rates))]
+        axes.bar(places, [found.get(rate, 0.0) for rate in rates], width, label=method)
+    axes.set_xticks([position + 0.4 - width / 2 for position in range(len(rates))], rates)
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set(ylabel="times faster a step than fp32", yscale="log")
+    axes.set_title(f"{nodes} emulated nodes")
+    axes.legend(ncols=3, fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--nodes", nargs="+", type=int, default=[4])
+    parser.add_argument("--rates", nargs="+", default=["100mbit", "200mbit", "1gbit", "none"])
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--preset", default="7m", choices=PRESETS)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=6, help="of a method in a round")
+    parser.add_argument("-o", "--output", type=Path, help="JSON file; the plot goes beside it")
+    parser.add_argument("--cell", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.cell:
+        run_rank(args)
+        return
+    rows: list[dict[str, Any]] = []
+    for nodes in args.nodes:
+        for rate in args.rates:
+            print(f"# {nodes} nodes, {rate}", file=sys.stderr, flush=True)
+            rows += run_cell(nodes, rate, args)
+    harness.print_table(COLUMNS, rows)
+    if args.output:
+        config = {
+            name: value for name, value in vars(args).items() if name not in ("output", "cell")
+        }
+        harness.save(args.output, config=config, results=rows)
+        plot(rows, args.output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,47 @@
+"""What a user of DDP could register, by name: torch's own hooks and commrt's codecs.
+
+noop                local gradients: compute alone
+fp32                plain DDP
+fp16                torch's fp16_compress_hook
+powersgd:RANK       torch's powerSGD_hook
+CODEC or CODEC/GATHER   commrt.attach, such as loco4 or loco2/block2
+"""
+
+import dataclasses
+from typing import Any
+
+import commrt
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
+from torch.nn.parallel import DistributedDataParallel
+
+# One bucket: with more, torch's PowerSGD aborts on gloo.
+WHOLE_MODEL_MB = 1 << 20
+
+
+@dataclasses.dataclass
+class Method:
+    """A model under DDP with a method's hook; ``comm`` is None for those that are not commrt's."""
+
+    ddp: DistributedDataParallel
+    comm: commrt.Comm | None
+
+
+def install(name: str, model: nn.Module, *, seed: int = 0) -> Method:
+    """Wrap the model and register the method. Ranks: all."""
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if name.startswith("powersgd:"):
+        options["bucket_cap_mb"] = WHOLE_MODEL_MB
+    ddp = DistributedDataParallel(model, **options)
+    comm = None
+    if name == "fp16":
+        ddp.register_comm_hook(None, fp16_compress_hook)
+    elif name.startswith("powersgd:"):
+        rank = int(name.removeprefix("powersgd:"))
+        state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
+        ddp.register_comm_hook(state, powerSGD_hook)
+    elif name != "fp32":
+        codec, _, gather = name.partition("/")
+        comm = commrt.attach(ddp, codec, gather or None, seed=seed)
+    return Method(ddp, comm)

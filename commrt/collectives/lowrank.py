@@ -1,0 +1,126 @@
+"""The two legs of a low-rank all-reduce.
+
+With h = gradient + residual (m, n) and the rows B of the last basis (r, n), both known to a rank::
+
+    reduce leg   P <- mean over ranks of B h^T      (r, m), coded
+                 U <- orthonormal rows of P         the same on every rank
+                 V <- U h                           (r, n), coded, sent to its owners
+                 residual <- h - U^T (V as coded)
+    gather leg   V <- mean over ranks of V;  result U^T V;  B <- orthonormal rows of V
+
+The projection is linear and U is everybody's, so the mean of what was sent is the result, and the
+residuals hold the rest: nothing is lost but the rounding of the returning mean.
+
+Ranks must compute U and the result to the same bits, so they need the same kind of processor and
+build of torch, and as many threads.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from commrt.codecs import LowRankCodec, matrix_shape, orthonormal
+from commrt.collectives.reducer import Item, Reducer, is_zero, timed
+from commrt.collectives.traffic import Traffic
+
+
+class Sent(NamedTuple):
+    """What the gather leg needs of the reduce leg."""
+
+    received: Tensor
+    bases: list[Tensor]
+    values: list[Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRankReducer:
+    """The mean of matrices over one group; see :class:`Averager`.
+
+    Args:
+        codec: Of the matrices.
+        basis: Averages P, on the reduce leg.
+        values: Averages V, its gather leg on the gather leg.
+        hold_zeros: Send nothing of the residual of a tensor of zeros, and leave it as it was.
+    """
+
+    codec: LowRankCodec
+    basis: Reducer
+    values: Reducer
+    hold_zeros: bool = False
+
+    def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Sent:
+        """See :class:`Averager`. Overwrites fp32 tensors with h."""
+        held = [self.hold_zeros and is_zero(item.tensor) for item in items]
+        with timed(traffic, "codec_s"):
+            pairs = zip(items, held, strict=True)
+            matrices = [self._compensated(item, is_held) for item, is_held in pairs]
+            spans = [_basis(item) @ matrix.T for item, matrix in zip(items, matrices, strict=True)]
+        rows = self._rows(spans, items)
+        received = self.basis.reduce_leg(rows, traffic)
+        self.basis.gather_leg(received, rows, traffic)
+        with timed(traffic, "codec_s"):
+            bases = [orthonormal(span) for span in spans]
+            values = [basis @ matrix for basis, matrix in zip(bases, matrices, strict=True)]
+        rows = self._rows(values, items)
+        layout = self.values.layout([row.tensor for row in rows])
+        send = self.values.encode(rows, layout, traffic)
+        with timed(traffic, "codec_s"):
+            self.values.decode_sent(send, layout, [row.tensor for row in rows])
+            parts = zip(items, held, matrices, bases, values, strict=True)
+            for item, is_held, matrix, basis, sent in parts:
+                if not is_held:
+                    self._keep(item, torch.addmm(matrix, basis.T, sent, alpha=-1))
+        return Sent(self.values.exchange(send, layout, traffic), bases, values)
+
+    def gather_leg(self, received: Sent, items: Sequence[Item], traffic: Traffic) -> None:
+        """See :class:`Averager`."""
+        rows = self._rows(received.values, items)
+        self.values.gather_leg(received.received, rows, traffic)
+        with timed(traffic, "codec_s"):
+            for item, basis, mean in zip(items, received.bases, received.values, strict=True):
+                _matrix(item).copy_(basis.T @ mean)
+                _replace_if_useful(_basis(item), orthonormal(mean))
+
+    def _compensated(self, item: Item, is_held: bool) -> Tensor:
+        matrix = _matrix(item).float()
+        if not is_held:
+            error = torch.empty_like(matrix).flatten()
+            assert item.residual is not None
+            self.codec.decode_residual(item.residual, error)
+            matrix.add_(error.view_as(matrix))
+        return matrix
+
+    def _keep(self, item: Item, error: Tensor) -> None:
+        """Store the residual; one that is not finite leaves the former as it was."""
+        assert item.residual is not None
+        stored = torch.empty_like(item.residual)
+        self.codec.encode_residual(error.flatten(), stored, item.seed)
+        _replace_if_useful(item.residual, stored, error)
+
+    def _rows(self, factors: Sequence[Tensor], items: Sequence[Item]) -> list[Item]:
+        """The factors as items, a row each where blocks would straddle rows."""
+        rows = []
+        for factor, item in zip(factors, items, strict=True):
+            is_whole = factor.shape[1] % self.codec.block == 0
+            parts = [factor.view(-1)] if is_whole else list(factor)
+            rows += [Item(part, item.seed, None) for part in parts]
+        return rows
+
+
+def _matrix(item: Item) -> Tensor:
+    assert item.shape is not None
+    return item.tensor.view(matrix_shape(item.shape))
+
+
+def _basis(item: Item) -> Tensor:
+    assert item.basis is not None
+    return item.basis
+
+
+def _replace_if_useful(old: Tensor, new: Tensor, reason: Tensor | None = None) -> None:
+    """Overwrite ``old`` where all of ``reason`` (default: ``new``) is finite; no waiting for it."""
+    is_finite = (new if reason is None else reason).isfinite().all()
+    old.copy_(torch.where(is_finite, new, old))
