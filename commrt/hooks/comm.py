@@ -13,37 +13,23 @@ from torch.amp import GradScaler
 from torch.futures import Future
 
 from commrt import ops
-from commrt.codecs import (
-    BlockwiseCodec,
-    Codec,
-    ExactCodec,
-    LowRankCodec,
-    NoopCodec,
-    derive_seed,
-    parse,
-    with_block,
-)
+from commrt.codecs import Codec, ExactCodec, LowRankCodec, NoopCodec, derive_seed
 from commrt.collectives import (
-    Averager,
-    GroupMaker,
-    LegGroups,
-    LowRankReducer,
     Pipeline,
-    Reducer,
     StreamPipeline,
     ThreadPipeline,
     Traffic,
-    TwoLevelReducer,
     check_agreement,
-    check_gather,
     find_nodes,
     ring_all_reduce_bytes,
     share_of,
 )
-from commrt.errors import ConfigError, StateError
+from commrt.errors import ConfigError
 from commrt.hooks.legs import Entry, Legs
 from commrt.hooks.report import CommStats, format_report
-from commrt.hooks.residuals import STATE_VERSION, Residuals, Shard
+from commrt.hooks.residuals import Residuals, Shard, Unmatched
+from commrt.hooks.state import STATE_VERSION, State, check_own, check_world, find_own
+from commrt.hooks.wiring import Codecs, Nodes, Wiring, place
 from commrt.ops import FLOAT_DTYPES
 from commrt.ops.format import PAYLOAD_VERSION
 
@@ -98,10 +84,8 @@ class Comm:
         for name, value in (("min_numel", min_numel), ("warmup", warmup)):
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}: must be an integer of at least 0")
-        self.codec = parse(codec)
-        self.gather = self._plain_codec("gather", "block8" if gather is None else gather)
-        self.intra = self._plain_codec("intra", intra)
-        self.small = self._plain_codec("small", small)
+        self.codecs = Codecs.parse(codec, gather=gather or "block8", intra=intra, small=small)
+        self.codec, self.gather = self.codecs.codec, self.codecs.gather
         if isinstance(self.codec, LowRankCodec) and hierarchy is not None:
             raise ConfigError(f"hierarchy={hierarchy!r} with {self.codec.spec!r}: must be None")
         self.min_numel = min_numel
@@ -123,6 +107,7 @@ class Comm:
         self._newest_coded = -1
         self._is_detached = False
         self._world_size = 1
+        self._wiring: Wiring | None = None
         self._legs: Legs | None = None
         self._pipeline: Pipeline | None = None
 
@@ -158,16 +143,8 @@ class Comm:
         assert parent is not None
         check_agreement(self._settings(), parent, device)
         self._world_size = dist.get_world_size(parent)
-        maker = GroupMaker(parent, device)
-        whole = maker.make(dist.get_process_group_ranks(parent))
-        self._legs = Legs(
-            self.codec,
-            self._new_averager(maker, whole),
-            self._new_small_averager(whole),
-            whole.reduce,
-            self._residuals,
-            self.seed,
-        )
+        self._wiring = Wiring(self.codecs, self._nodes, parent, device, self.may_have_unused)
+        self._legs = Legs(self.codec, self._wiring, self._residuals, self.seed)
         is_cuda = device.type == "cuda"
         self._pipeline = StreamPipeline(device) if is_cuda else ThreadPipeline()
         weakref.finalize(self, self._pipeline.close, wait=False)
@@ -231,13 +208,9 @@ class Comm:
         """What is compressed and how, what is not and why, and the bytes of each leg."""
         return format_report(
             stats=self.stats(),
-            codec=self.codec.spec,
-            gather=self.gather.spec,
+            codecs=self.codecs,
             world_size=dist.get_world_size(self.group) if dist.is_initialized() else 1,
-            nodes=f"{len(self._nodes)} nodes of {len(self._nodes[0])} ranks, intra "
-            f"{self.intra.spec}"
-            if self.hierarchy is not None
-            else "",
+            nodes=None if self.hierarchy is None else self._nodes,
             kernels=ops.status(),
             num_compressed=sum(self._compressed.values()),
             exempt=self._exempt,
@@ -257,7 +230,7 @@ class Comm:
             **self._residuals.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    def load_state_dict(self, state: State | Sequence[State], strict: bool = True) -> Unmatched:
         """Continue from the :meth:`state_dict` of this rank, or from those of a former world.
 
         Args:
@@ -265,21 +238,33 @@ class Comm:
                 of all ranks of a former world, of any size and hierarchy, in any order: every rank
                 then gets the mean of what they still owed, stochastically rounded, so that
                 sum(e) / ranks, what the mean gradient is still due, stays what it was.
+            strict: Refuse a state of other parameters. Otherwise those without a residual in it
+                begin without, and residuals without a parameter are given up, as is right where
+                layers were frozen or unfrozen and the model was wrapped anew.
+
+        Returns:
+            The names of both, none of either where ``strict``.
 
         Raises:
             StateError: Names what differs; nothing is changed.
         """
-        states = [state] if isinstance(state, Mapping) else list(state)
-        self._check_states(states, is_own=isinstance(state, Mapping))
-        own = [state for state in states if self._is_own(state)]
-        if own:
-            self._residuals.load(own[0])
+        identity = self._identity()
+        own: State | None
+        if isinstance(state, Mapping):
+            unmatched = check_own(state, identity, self._residuals, strict)
+            states, own = [state], state
         else:
-            seed = derive_seed(self.seed, dist.get_rank(self.group), states[0]["steps"])
+            unmatched = check_world(state, identity, self._residuals, strict)
+            states, own = list(state), find_own(state, identity)
+        if own is not None:
+            self._residuals.load(own)
+        else:
+            seed = derive_seed(self.seed, identity["rank"], states[0]["steps"])
             self._residuals.load_mean(states, len(states[0]["nodes"]), seed)
         self._loss_scale = torch.tensor(states[0]["loss_scale"])
         self._first_step += int(states[0]["steps"]) - self._steps
         self._steps = int(states[0]["steps"])
+        return unmatched
 
     def detach(self) -> None:
         """From now on average uncompressed, as plain DDP does; the residuals are given up.
@@ -290,48 +275,24 @@ class Comm:
         self._is_detached = True
         self._residuals.clear()
 
-    def _new_averager(self, maker: GroupMaker, whole: LegGroups) -> Averager:
-        gather, hold = self.gather, self.may_have_unused
-        if isinstance(self.codec, LowRankCodec):
-            basis = self.codec.basis_codec
-            return LowRankReducer(
-                self.codec,
-                basis=Reducer(basis, basis, whole.reduce, whole.reduce),
-                values=Reducer(self.codec.values_codec, gather, whole.reduce, whole.gather),
-                hold_zeros=hold,
-            )
-        assert isinstance(self.codec, BlockwiseCodec)
-        if self.hierarchy is None:
-            return Reducer(self.codec, gather, whole.reduce, whole.gather, hold)
-        node, local_rank = self._place
-        local = maker.make(node)
-        peers = maker.make([node[local_rank] for node in self._nodes])
-        return TwoLevelReducer(
-            intra=Reducer(self.intra, gather, local.reduce, local.gather),
-            inter=Reducer(self.codec, gather, peers.reduce, peers.gather, hold),
-        )
+    def close(self) -> None:
+        """End the threads and process groups. The model can do no further backward.
 
-    def _new_small_averager(self, whole: LegGroups) -> Averager | None:
-        if isinstance(self.small, ExactCodec):
-            return None
-        return Reducer(self.small, self.small, whole.reduce, whole.reduce)
+        Without it threads end with this object, but groups (two, with a hierarchy six) stay as long
+        as the default group.
 
-    def _plain_codec(self, name: str, spec: str | Codec) -> BlockwiseCodec:
-        return check_gather(self.codec, with_block(spec, self.codec.block), name)
+        Ranks: all, between the same two steps.
+        """
+        if self._pipeline is not None and self._wiring is not None:
+            self._pipeline.close()
+            self._wiring.destroy()
 
     @functools.cached_property
-    def _nodes(self) -> list[tuple[int, ...]]:
-        """The (global) ranks of each node; without a hierarchy every rank is one."""
+    def _nodes(self) -> Nodes:
         parent = self.group or dist.group.WORLD
         assert parent is not None
         hierarchy = 1 if self.hierarchy is None else self.hierarchy
         return find_nodes(hierarchy, dist.get_process_group_ranks(parent))
-
-    @property
-    def _place(self) -> tuple[tuple[int, ...], int]:
-        """The ranks of this node, and which of them this one is."""
-        node = next(node for node in self._nodes if dist.get_rank() in node)
-        return node, node.index(dist.get_rank())
 
     def _plain_reason(self, step: int) -> str:
         """Why this step is averaged uncompressed; empty if it is not."""
@@ -368,7 +329,7 @@ class Comm:
     def _shard(self, numel: int) -> Shard:
         if self.hierarchy is None:
             return Shard(0, numel, numel)
-        node, local_rank = self._place
+        node, local_rank = place(self._nodes)
         return Shard(*share_of(numel, self.codec.block, local_rank, len(node)), numel)
 
     def _exemption(self, parameter: Tensor) -> str:
@@ -393,13 +354,11 @@ class Comm:
             if name in self._compressed or name in self._exempt
         ]
         return {
-            "codec": self.codec.spec,
-            "gather": self.gather.spec,
-            "intra": self.intra.spec,
-            "small": self.small.spec,
+            **self.codecs.specs(),
             "hierarchy": repr(self._nodes) if self.hierarchy is not None else "none",
             "min_numel": self.min_numel,
             "warmup": self.warmup,
+            "grad_scaler": self._grad_scaler is not None,
             "parameters": len(parameters),
             "layout": derive_seed(repr(parameters)),
             "payload version": PAYLOAD_VERSION,
@@ -427,33 +386,6 @@ class Comm:
         """The ranks of each node, counted within the group."""
         ranks = sorted(rank for node in self._nodes for rank in node)
         return [[ranks.index(rank) for rank in node] for node in self._nodes]
-
-    def _is_own(self, state: Mapping[str, Any]) -> bool:
-        """Whether a checked state is that of this very rank."""
-        is_same = all(state[key] == value for key, value in self._identity().items())
-        return is_same and self._residuals.fits(state)
-
-    def _check_states(self, states: list[Mapping[str, Any]], *, is_own: bool) -> None:
-        """Raise StateError unless they can be loaded: alone, or as all of a former world."""
-        expected = self._identity()
-        for state in states:
-            for key in (*expected, "steps", "loss_scale", "residuals", "shards", "bases"):
-                if key not in state:
-                    raise StateError(f"state dict has no {key!r}: it is not one of commrt's")
-            for key, value in expected.items():
-                if state[key] != value and (is_own or key in ("version", "codec")):
-                    raise StateError(f"state dict has {key}={state[key]!r}: must be {value!r} here")
-            self._residuals.check(state)
-        if is_own and not self._residuals.fits(states[0]):
-            raise StateError("state dict is of another hierarchy: load those of all ranks")
-        for key in ("world_size", "nodes", "steps", "loss_scale"):
-            if any(state[key] != states[0][key] for state in states):
-                raise StateError(f"state dicts differ in {key}: {[state[key] for state in states]}")
-        ranks = sorted(state["rank"] for state in states)
-        if not is_own and ranks != list(range(states[0]["world_size"])):
-            raise StateError(
-                f"state dicts are of ranks {ranks}: must be all {states[0]['world_size']}, once"
-            )
 
 
 def _runs(entries: list[Entry]) -> list[list[Entry]]:

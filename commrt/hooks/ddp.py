@@ -72,6 +72,10 @@ def attach(
             f"model is a {type(model).__name__}: must be a DistributedDataParallel; "
             "attach after wrapping"
         )
+    if not hasattr(model, "reducer"):
+        raise ConfigError(
+            "model has no buckets: delay_all_reduce_named_params names all its parameters"
+        )
     comm = Comm(
         codec,
         gather,

@@ -8,8 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import Codec, LocoCodec, derive_seed
-from commrt.collectives import Averager, Item, Traffic, all_reduce_exact_
+from commrt.collectives import Item, Traffic, all_reduce_exact_
 from commrt.hooks.residuals import Residuals
+from commrt.hooks.wiring import Wiring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +27,7 @@ class Legs:
 
     Args:
         codec: Of the reduce leg.
-        averager: Averages the compressed parameters.
-        small: Averages the others, on the reduce leg; None: uncompressed.
-        group: Of the uncompressed all-reduces, used on the reduce leg only.
+        wiring: Averages the parameters.
         residuals: Of the parameters, by name.
         seed: Of stochastic rounding.
 
@@ -40,24 +39,20 @@ class Legs:
     def __init__(
         self,
         codec: Codec,
-        averager: Averager,
-        small: Averager | None,
-        group: dist.ProcessGroup,
+        wiring: Wiring,
         residuals: Residuals,
         seed: int,
     ) -> None:
         self._codec = codec
-        self._averager = averager
-        self._small = small
-        self._group = group
+        self._wiring = wiring
         self._residuals = residuals
         self._seed = seed
-        self._rank = dist.get_rank(group)
+        self._rank = dist.get_rank(wiring.group)
         self.reduce_traffic, self.gather_traffic = Traffic(), Traffic()
 
     def exact(self, tensors: list[Tensor]) -> None:
         """Average uncompressed, in place."""
-        self.reduce_traffic.add(all_reduce_exact_(tensors, self._group))
+        self.reduce_traffic.add(all_reduce_exact_(tensors, self._wiring.group))
 
     def reduce(
         self, coded: list[Entry], small: list[Entry], step: int, rescale: Tensor | None
@@ -72,7 +67,7 @@ class Legs:
         if items:
             if isinstance(self._codec, LocoCodec) and self._codec.is_reset(step):
                 self._residuals.reset([entry.name for entry in coded])
-            received = self._averager.reduce_leg(items, self.reduce_traffic)
+            received = self._wiring.averager.reduce_leg(items, self.reduce_traffic)
         if small:
             self._average_small(small, step)
         return items, received
@@ -81,7 +76,7 @@ class Legs:
         """Second leg: average, gather and decode into the bucket, which is returned."""
         items, received = reduced
         if items:
-            self._averager.gather_leg(received, items, self.gather_traffic)
+            self._wiring.averager.gather_leg(received, items, self.gather_traffic)
         return buffer
 
     def _item(self, entry: Entry, step: int) -> Item:
@@ -94,10 +89,11 @@ class Legs:
         )
 
     def _average_small(self, small: list[Entry], step: int) -> None:
-        if self._small is not None:
+        averager = self._wiring.small
+        if averager is not None:
             items = [self._item(entry, step) for entry in small]
-            received = self._small.reduce_leg(items, self.reduce_traffic)
-            self._small.gather_leg(received, items, self.reduce_traffic)
+            received = averager.reduce_leg(items, self.reduce_traffic)
+            averager.gather_leg(received, items, self.reduce_traffic)
             return
         flat = torch.cat([entry.grad for entry in small])
         self.exact([flat])

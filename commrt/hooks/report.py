@@ -3,6 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 
+from commrt.codecs import BlockwiseCodec, ExactCodec
+from commrt.hooks.wiring import Codecs, Nodes
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommStats:
@@ -47,10 +50,9 @@ class CommStats:
 def format_report(
     *,
     stats: CommStats,
-    codec: str,
-    gather: str,
+    codecs: Codecs,
     world_size: int,
-    nodes: str,
+    nodes: Nodes | None,
     kernels: str,
     num_compressed: int,
     exempt: Mapping[str, tuple[str, int]],
@@ -59,11 +61,11 @@ def format_report(
     """Settings, bytes a step of each leg, and the reason of every uncompressed parameter."""
     steps = max(stats.steps, 1)
     lines = [
-        f"commrt: {world_size} ranks, codec {codec}, gather {gather}",
+        f"commrt: {world_size} ranks, codec {codecs.codec.spec}, gather {codecs.gather.spec}",
         f"  kernels      {kernels}",
         f"  compressed   {num_compressed:,} elements, "
         f"residuals {stats.residual_bytes:,} bytes on this rank",
-        *_exempt_lines(exempt),
+        *_exempt_lines(exempt, codecs.small),
         f"  bytes a step {stats.wire_bytes / steps:,.0f} sent by this rank: "
         f"reduce leg {stats.reduce_bytes / steps:,.0f}, "
         f"gather leg {stats.gather_bytes / steps:,.0f}, "
@@ -73,8 +75,12 @@ def format_report(
         f"  time a step  codec {stats.codec_s / steps * 1e3:.2f} ms, "
         f"network {stats.network_s / steps * 1e3:.2f} ms, over {stats.steps} steps",
     ]
-    if nodes:
-        lines.insert(1, f"  two levels   {nodes}; bytes are those between nodes")
+    if nodes is not None:
+        lines.insert(
+            1,
+            f"  two levels   {len(nodes)} nodes of {len(nodes[0])} ranks, intra "
+            f"{codecs.intra.spec}; bytes are those between nodes",
+        )
         lines.append(f"  inside nodes {stats.node_bytes / steps:,.0f} bytes a step")
     if plain_reason:
         lines.append(f"  uncompressed all gradients now: {plain_reason}")
@@ -83,12 +89,13 @@ def format_report(
     return "\n".join(lines)
 
 
-def _exempt_lines(exempt: Mapping[str, tuple[str, int]]) -> list[str]:
+def _exempt_lines(exempt: Mapping[str, tuple[str, int]], small: BlockwiseCodec) -> list[str]:
     by_reason: dict[str, list[tuple[str, int]]] = {}
     for name, (reason, numel) in exempt.items():
         by_reason.setdefault(reason, []).append((name, numel))
+    how = "uncompressed" if isinstance(small, ExactCodec) else f"{small.spec.split(':')[0]:12}"
     return [
-        f"  uncompressed {sum(numel for _, numel in members):,} elements in {len(members)} "
+        f"  {how} {sum(numel for _, numel in members):,} elements in {len(members)} "
         f"parameters: {reason} ({members[0][0]}{', ...' if len(members) > 1 else ''})"
         for reason, members in by_reason.items()
     ]

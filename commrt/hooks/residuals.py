@@ -9,8 +9,6 @@ from torch import Tensor
 from commrt.codecs import Codec, LowRankCodec, derive_seed
 from commrt.errors import StateError
 
-STATE_VERSION = 2
-
 
 class Shard(NamedTuple):
     """Elements [begin, end) of a parameter of ``numel``: those whose residual this rank keeps."""
@@ -18,6 +16,13 @@ class Shard(NamedTuple):
     begin: int
     end: int
     numel: int
+
+
+class Unmatched(NamedTuple):
+    """Names that only the model has (missing) and only the state (unexpected)."""
+
+    missing: list[str]
+    unexpected: list[str]
 
 
 class Residuals:
@@ -90,19 +95,23 @@ class Residuals:
             "bases": {name: basis.clone() for name, basis in self._bases.items()},
         }
 
-    def check(self, state: Mapping[str, Any]) -> None:
+    def check(self, state: Mapping[str, Any], strict: bool = True) -> Unmatched:
         """Raise StateError unless ``state`` is of a model with the same parameters.
 
-        Its message names what is missing, unexpected or of another size.
+        Its message names what is missing (unless not ``strict``), unexpected or of another size.
         """
-        missing = sorted(self._payloads.keys() - state["residuals"].keys())
-        unexpected = sorted(state["residuals"].keys() - self._payloads.keys())
-        if missing or unexpected:
+        unmatched = Unmatched(
+            sorted(self._payloads.keys() - state["residuals"].keys()),
+            sorted(state["residuals"].keys() - self._payloads.keys()),
+        )
+        if strict and any(unmatched):
             raise StateError(
-                "state dict is of another model: "
-                f"missing {_listing(missing)}, unexpected {_listing(unexpected)}"
+                "state dict is of another model: missing "
+                f"{_listing(unmatched.missing)}, unexpected {_listing(unmatched.unexpected)}"
             )
         for name, payload in state["residuals"].items():
+            if name in unmatched.unexpected:
+                continue
             begin, end, numel = state["shards"][name]
             if numel != self._shards[name].numel:
                 raise StateError(
@@ -115,18 +124,25 @@ class Residuals:
                     f"residual of {name!r} is {payload.dtype} {tuple(payload.shape)}: "
                     f"must be torch.uint8 {(size,)}"
                 )
-        for name, basis in self._bases.items():
-            if name not in state["bases"] or state["bases"][name].shape != basis.shape:
+            basis = self._bases.get(name)
+            if basis is not None and state["bases"][name].shape != basis.shape:
                 raise StateError(f"state dict has no basis of {name!r} of {tuple(basis.shape)}")
+        return unmatched
 
     def fits(self, state: Mapping[str, Any]) -> bool:
         """Whether a checked state keeps the same parts of the parameters as this rank does."""
-        return all(list(shard) == state["shards"][name] for name, shard in self._shards.items())
+        return all(
+            list(shard) == state["shards"].get(name, list(shard))
+            for name, shard in self._shards.items()
+        )
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Overwrite every residual with that of a checked state that :meth:`fits`."""
         for name, payload in self._payloads.items():
-            payload.copy_(state["residuals"][name])
+            if name in state["residuals"]:
+                payload.copy_(state["residuals"][name])
+            else:
+                payload.zero_()
         self._load_bases(state)
 
     def load_mean(self, states: Sequence[Mapping[str, Any]], num_holders: int, seed: int) -> None:
@@ -142,6 +158,8 @@ class Residuals:
         for name, shard in self._shards.items():
             total = torch.zeros(shard.numel)
             for state in states:
+                if name not in state["residuals"]:
+                    continue
                 begin, end, _ = part = Shard(*state["shards"][name])
                 total[begin:end] += self._decode(state["residuals"][name], part).cpu()
             mean = (total[shard.begin : shard.end] / num_holders).to(self._payloads[name].device)
@@ -149,8 +167,8 @@ class Residuals:
         self._load_bases(states[0])
 
     def _load_bases(self, state: Mapping[str, Any]) -> None:
-        for name, basis in self._bases.items():
-            basis.copy_(state["bases"][name])
+        for name in self._bases.keys() & state["bases"].keys():
+            self._bases[name].copy_(state["bases"][name])
 
     def _decode(self, payload: Tensor, shard: Shard) -> Tensor:
         decoded = torch.empty(shard.end - shard.begin, device=payload.device)

@@ -305,7 +305,7 @@ def two_threads_lose_no_count() -> None:
     gradient = torch.zeros(weight.numel())
     with (
         mock.patch("commrt.hooks.legs.Traffic", SlowTraffic),
-        mock.patch("commrt.hooks.comm.Reducer", return_value=InstantReducer()),
+        mock.patch("commrt.hooks.wiring.Reducer", return_value=InstantReducer()),
     ):
         comm = commrt.Comm("loco4")
         comm.bind([("weight", weight)])
