@@ -80,7 +80,7 @@ def find_nodes(
         return [tuple(ranks[start : start + hierarchy]) for start in starts]
     if not all(isinstance(node, Sequence) for node in hierarchy):
         raise ConfigError(f"hierarchy={hierarchy!r}: must be ranks a node, or lists of ranks")
-    nodes = [tuple(node) for node in hierarchy]
+    nodes = sorted(tuple(sorted(node)) for node in hierarchy)  # as torch numbers ranks in groups
     if sorted(rank for node in nodes for rank in node) != sorted(ranks):
         raise ConfigError(f"hierarchy={nodes}: must name each of the ranks {list(ranks)} once")
     if len({len(node) for node in nodes}) != 1:

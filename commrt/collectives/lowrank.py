@@ -82,7 +82,8 @@ class LowRankReducer:
         with timed(traffic, "codec_s"):
             for item, basis, mean in zip(items, received.bases, received.values, strict=True):
                 _matrix(item).copy_(basis.T @ mean)
-                _replace_if_useful(_basis(item), orthonormal(mean))
+                is_useful = mean.isfinite().all() & mean.any()
+                _update_(_basis(item), orthonormal(mean), is_useful)
 
     def _compensated(self, item: Item, is_held: bool) -> Tensor:
         matrix = _matrix(item).float()
@@ -98,7 +99,7 @@ class LowRankReducer:
         assert item.residual is not None
         stored = torch.empty_like(item.residual)
         self.codec.encode_residual(error.flatten(), stored, item.seed)
-        _replace_if_useful(item.residual, stored, error)
+        _update_(item.residual, stored, error.isfinite().all())
 
     def _rows(self, factors: Sequence[Tensor], items: Sequence[Item]) -> list[Item]:
         """The factors as items, a row each where blocks would straddle rows."""
@@ -120,7 +121,6 @@ def _basis(item: Item) -> Tensor:
     return item.basis
 
 
-def _replace_if_useful(old: Tensor, new: Tensor, reason: Tensor | None = None) -> None:
-    """Overwrite ``old`` where all of ``reason`` (default: ``new``) is finite; no waiting for it."""
-    is_finite = (new if reason is None else reason).isfinite().all()
-    old.copy_(torch.where(is_finite, new, old))
+def _update_(old: Tensor, new: Tensor, condition: Tensor) -> None:
+    """Overwrite ``old`` where the condition, a scalar on the device, holds; no waiting for it."""
+    old.copy_(torch.where(condition, new, old))

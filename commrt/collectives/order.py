@@ -56,15 +56,23 @@ class FifoWorker:
         self._jobs: queue.Queue[tuple[Leg, Callable[[Any, BaseException | None], None]] | None]
         self._jobs = queue.Queue(capacity)
         self._failure: BaseException | None = None
+        self._is_closed = False
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
     def submit(self, job: Leg, done: Callable[[Any, BaseException | None], None]) -> None:
-        """Run ``job()``, then ``done(result, error)``, both on the worker's thread."""
+        """Run ``job()``, then ``done(result, error)``, both on the worker's thread.
+
+        Raises:
+            CollectiveError: After :meth:`close`.
+        """
+        if self._is_closed:
+            raise CollectiveError("closed: no more collectives after close()")
         self._jobs.put((job, done))
 
     def close(self, *, wait: bool = True) -> None:
         """Finish what is queued and end the thread."""
+        self._is_closed = True
         self._jobs.put(None)
         if wait:
             self.join()

@@ -264,6 +264,7 @@ class Comm:
         self._loss_scale = torch.tensor(states[0]["loss_scale"])
         self._first_step += int(states[0]["steps"]) - self._steps
         self._steps = int(states[0]["steps"])
+        self._newest_coded = -1
         return unmatched
 
     def detach(self) -> None:

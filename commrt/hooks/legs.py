@@ -11,6 +11,7 @@ from commrt.codecs import Codec, LocoCodec, derive_seed
 from commrt.collectives import Item, Traffic, all_reduce_exact_
 from commrt.hooks.residuals import Residuals
 from commrt.hooks.wiring import Wiring
+from commrt.ops import FLOAT_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ class Legs:
 
     def _average_small(self, small: list[Entry], step: int) -> None:
         averager = self._wiring.small
-        if averager is not None:
+        if averager is not None and small[0].grad.dtype in FLOAT_DTYPES:
             items = [self._item(entry, step) for entry in small]
             received = averager.reduce_leg(items, self.reduce_traffic)
             averager.gather_leg(received, items, self.reduce_traffic)

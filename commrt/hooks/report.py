@@ -16,7 +16,8 @@ class CommStats:
     Attributes:
         steps: Backward passes that were communicated.
         reduce_bytes: Sent on the reduce leg (gradients to their owners).
-        gather_bytes: Sent on the gather leg (means back to everybody).
+        gather_bytes: Sent on the gather leg (means back to everybody). Both legs count what
+            ``small`` codes, which has one level.
         node_bytes: Sent to ranks of the same node, with a hierarchy; else 0.
         exact_bytes: Sent by the uncompressed all-reduces, a ring over all ranks.
         dense_bytes: What a ring all-reduce of the same buckets, uncompressed, sends; with a
