@@ -1,12 +1,13 @@
 """Step time on slow links: method against method, rate against rate, on emulated nodes.
 
-Every node is a network namespace with one rank; its link is shaped both ways by ``launch/netcluster``
-(emulated: nodes share this machine's cores, so compute is slower and noisier than on a cluster).
+Every node is a network namespace with one rank; its link is shaped both ways by
+``launch/netcluster`` (emulated: nodes share this machine's cores, so compute is slower and noisier
+than on a cluster).
 Within a cell, methods take turns, a few steps each, in one run of the ranks. A step is a forward,
 backward and AdamW step of the main job's model; its time is that of the slowest rank. Bytes are
 those of the interface's counter, headers and acknowledgements included.
 
-    python -m bench.cluster --nodes 4 --rates 100mbit 200mbit 1gbit none -o bench/results/cluster.json
+    python -m bench.cluster --nodes 4 --rates 100mbit none -o bench/results/cluster.json
 """
 
 import argparse
@@ -23,12 +24,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from commrt.training.config import PRESETS, ModelConfig
-from commrt.training.model import GPT, next_byte_losses
-from torch import Tensor
 
 from bench import harness
 from bench.methods import Method, install
+from commrt.training.config import PRESETS, ModelConfig
+from commrt.training.model import GPT, next_byte_losses
 
 METHODS = (
     *("noop", "fp32", "fp16", "powersgd:4", "powersgd:8"),

@@ -10,11 +10,12 @@ CODEC or CODEC/GATHER   commrt.attach, such as loco4 or loco2/block2
 import dataclasses
 from typing import Any
 
-import commrt
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
+
+import commrt
 
 # One bucket: with more, torch's PowerSGD aborts on gloo.
 WHOLE_MODEL_MB = 1 << 20

@@ -13,7 +13,7 @@ OPS = NEUTRAL | {"ops"}
 CODECS = OPS | {"codecs"}
 COLLECTIVES = CODECS | {"collectives"}
 PILLARS = COLLECTIVES | {"hooks", "optim", "federated"}
-ALL = PILLARS | {"training", "integrations", "testing", "__init__"}
+ALL = PILLARS | {"training", "integrations", "testing", "plan", "__init__"}
 
 # What each room may import of the package, besides itself. A room is a subpackage or a module
 # beside them; "__init__" stands for the public names, which are loaded lazily from everywhere.
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "optim": COLLECTIVES,
     "federated": COLLECTIVES,
     "testing": COLLECTIVES,
+    "plan": CODECS,
     "training": PILLARS | {"__init__"},
     "integrations": PILLARS | {"__init__"},
     "__main__": ALL,
