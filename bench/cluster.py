@@ -57,7 +57,7 @@ class Job:
             seq_len=args.seq_len,
         )
         torch.manual_seed(0)
-        self.method: Method = install(name, GPT(config))
+        self.method: Method = install(name, GPT(config), bucket_cap_mb=args.bucket_mb)
         self.optimizer = torch.optim.AdamW(self.method.ddp.parameters(), lr=1e-3, fused=True)
         generator = torch.Generator().manual_seed(dist.get_rank())
         shape = args.batch_size, args.seq_len + 1
@@ -144,7 +144,7 @@ def run_cell(nodes: int, rate: str, args: argparse.Namespace) -> list[dict[str, 
             *("-m", "bench.cluster", "--cell", str(cell), "--methods", *args.methods),
             *("--preset", args.preset, "--batch-size", str(args.batch_size)),
             *("--seq-len", str(args.seq_len), "--rounds", str(args.rounds)),
-            *("--steps", str(args.steps)),
+            *("--steps", str(args.steps), "--bucket-mb", str(args.bucket_mb)),
         ]
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = json.loads(cell.read_text())
@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--preset", default="7m", choices=PRESETS)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=64)
+    parser.add_argument("--bucket-mb", type=float, default=4.0, help="DDP's, PowerSGD's excepted")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of a method in a round")
     parser.add_argument("-o", "--output", type=Path, help="JSON file; the plot goes beside it")

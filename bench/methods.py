@@ -8,6 +8,7 @@ CODEC or CODEC/GATHER   commrt.attach, such as loco4 or loco2/block2
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -29,12 +30,24 @@ class Method:
     comm: commrt.Comm | None
 
 
-def install(name: str, model: nn.Module, *, seed: int = 0) -> Method:
-    """Wrap the model and register the method. Ranks: all."""
-    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+def install(
+    name: str,
+    model: nn.Module,
+    *,
+    seed: int = 0,
+    bucket_cap_mb: float | None = None,
+    prepare: Callable[[DistributedDataParallel], None] | None = None,
+) -> Method:
+    """Wrap the model, prepare it, and register the method. Ranks: all.
+
+    Options of ``commrt.attach`` follow the codec after a ``+``: ``lowrank8+small=block8``.
+    """
+    options: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_cap_mb}
     if name.startswith("powersgd:"):
         options["bucket_cap_mb"] = WHOLE_MODEL_MB
     ddp = DistributedDataParallel(model, **options)
+    if prepare is not None:
+        prepare(ddp)
     comm = None
     if name == "fp16":
         ddp.register_comm_hook(None, fp16_compress_hook)
@@ -43,6 +56,8 @@ def install(name: str, model: nn.Module, *, seed: int = 0) -> Method:
         state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
         ddp.register_comm_hook(state, powerSGD_hook)
     elif name != "fp32":
-        codec, _, gather = name.partition("/")
-        comm = commrt.attach(ddp, codec, gather or None, seed=seed)
+        spec, *pairs = name.split("+")
+        codec, _, gather = spec.partition("/")
+        settings = dict(pair.split("=", 1) for pair in pairs)
+        comm = commrt.attach(ddp, codec, gather or None, seed=seed, **settings)
     return Method(ddp, comm)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import BlockCodec, BlockwiseCodec, Codec, ExactCodec, NoopCodec
+from commrt.collectives.exchange import exchange_payloads
 from commrt.collectives.layout import Layout, balanced
 from commrt.collectives.scratch import Scratch
 from commrt.collectives.torch_names import all_gather_single
@@ -142,9 +143,7 @@ class Reducer:
         own = sizes[self.rank]
         received = self.scratch.take_received(own * self.world_size, send.device)
         with timed(traffic, "network_s"):
-            dist.all_to_all_single(
-                received, send, [own] * self.world_size, sizes, group=self.reduce_group
-            )
+            exchange_payloads(received, send, own, sizes, self.reduce_group)
         traffic.reduce_bytes += sum(sizes) - own
         return received.view(self.world_size, own)
 

@@ -84,7 +84,8 @@ class Comm:
         for name, value in (("min_numel", min_numel), ("warmup", warmup)):
             if not isinstance(value, int) or value < 0:
                 raise ConfigError(f"{name}={value!r}: must be an integer of at least 0")
-        self.codecs = Codecs.parse(codec, gather=gather or "block8", intra=intra, small=small)
+        gather = "block8" if gather is None else gather
+        self.codecs = Codecs.parse(codec, gather=gather, intra=intra, small=small)
         self.codec, self.gather = self.codecs.codec, self.codecs.gather
         if isinstance(self.codec, LowRankCodec) and hierarchy is not None:
             raise ConfigError(f"hierarchy={hierarchy!r} with {self.codec.spec!r}: must be None")
@@ -121,7 +122,12 @@ class Comm:
         Args:
             named_parameters: Of the model.
             ignored: Names of those that DDP does not hand to the hook, with the reason.
+
+        Raises:
+            ConfigError: The hierarchy does not fit the ranks.
         """
+        if self.hierarchy is not None:
+            assert self._nodes
         for name, parameter in named_parameters:
             if ignored and name in ignored:
                 self._exempt[name] = (ignored[name], parameter.numel())

@@ -7,6 +7,7 @@ uncompressed average of three ranks or more may differ from a sum in another ord
 
 import itertools
 from collections.abc import Callable, Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 import commrt
 from commrt.codecs import BlockCodec, Codec, LocoCodec, derive_seed, parse, with_block
+from commrt.collectives.exchange import exchange_payloads
 from commrt.errors import ConfigError
 from commrt.ops import reference
 from commrt.testing import run_ranks
@@ -361,3 +363,32 @@ def check_shapes_of_reduce_scatter() -> None:
 
 def test_wrong_shapes_are_config_errors() -> None:
     run_ranks(check_shapes_of_reduce_scatter, world_size=2, timeout_s=30)
+
+
+def payloads_arrive(sizes: list[int], in_turn_bytes: int) -> None:
+    """Byte j that rank r sends to rank s is r + 10 s + j."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    group = dist.new_group(list(range(world_size)))
+
+    def payload(source: int, target: int) -> Tensor:
+        return ((torch.arange(sizes[target]) + source + 10 * target) % 256).to(torch.uint8)
+
+    send = torch.cat([payload(rank, target) for target in range(world_size)])
+    received = torch.full((world_size * sizes[rank],), 77, dtype=torch.uint8)
+    with mock.patch("commrt.collectives.exchange.IN_TURN_BYTES", in_turn_bytes):
+        exchange_payloads(received, send, sizes[rank], sizes, group)
+    expected = torch.cat([payload(source, rank) for source in range(world_size)])
+    assert torch.equal(received, expected)
+
+
+def all_payloads_arrive() -> None:
+    world_size = dist.get_world_size()
+    for sizes in ([200_000] * 4, [0, 70_000, 16, 1], [5, 0, 0, 300_000], [0] * 4):
+        for in_turn_bytes in (1, 64 << 10, 1 << 30):
+            payloads_arrive(sizes[:world_size], in_turn_bytes)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_payloads_arrive_in_turn_or_all_at_once(world_size: int) -> None:
+    """Any sizes, none among them."""
+    run_ranks(all_payloads_arrive, world_size=world_size)
