@@ -105,6 +105,7 @@ class ThreadPipeline(Pipeline):
     """Two threads, for process groups whose collectives block (gloo)."""
 
     def __init__(self) -> None:
+        self._is_closed = False
         self._first = FifoWorker("commrt-reduce")
         # One received payload may wait for the gather leg while the next one is on its way.
         self._second = FifoWorker("commrt-gather", capacity=1)
@@ -127,7 +128,10 @@ class ThreadPipeline(Pipeline):
         return outcome.then(_unwrap)
 
     def close(self, *, wait: bool = True) -> None:
-        """See :class:`Pipeline`."""
+        """See :class:`Pipeline`; closing again does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         # By the first worker, after its last job, which may still need the second.
         self._first.submit(lambda: None, lambda *_: self._second.close(wait=False))
         self._first.close(wait=wait)

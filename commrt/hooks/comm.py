@@ -293,6 +293,7 @@ class Comm:
         if self._pipeline is not None and self._wiring is not None:
             self._pipeline.close()
             self._wiring.destroy()
+            self._wiring = None
 
     @functools.cached_property
     def _nodes(self) -> Nodes:
