@@ -31,43 +31,35 @@ class LowRankCodec(Codec):
         bits: Of the values, the factor (r, n): 1, 2, 4 or 8.
         basis: Bits of the basis, the factor (m, r).
         block: Elements that share a scale, along a row of a factor.
-        residual: Bits of the stored residual: 8 or 4, stochastically rounded.
 
     Raises:
         ConfigError: For a value outside these.
 
     Cost: ``r (m * basis + n * bits) / (m n)`` bits an element; 8 m n r floating point operations;
-    a residual of ``residual / 8 + 2 / block`` bytes an element on every rank, and the basis, n r
-    fp32 values.
+    a residual of ``1 + 2 / block`` bytes an element on every rank (stored at 8 bits, stochastically
+    rounded), and the basis, n r fp32 values.
     """
 
     rank: int
     bits: int = 8
     basis: int = 8
     block: int = DEFAULT_BLOCK
-    residual: int = 8
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or self.rank < 1:
             raise ConfigError(f"rank={self.rank!r}: must be an integer of at least 1")
-        if self.residual not in (4, 8):
-            raise ConfigError(f"residual={self.residual!r}: must be 4 or 8 bits")
-        BlockFormat(bits=8, block=self.block)
         for bits in (self.bits, self.basis):
             BlockCodec(bits=bits, block=self.block)
 
     @property
     def spec(self) -> str:
         """See :class:`Codec`."""
-        return (
-            f"lowrank{self.rank}:bits={self.bits},basis={self.basis},block={self.block},"
-            f"residual={self.residual}"
-        )
+        return f"lowrank{self.rank}:bits={self.bits},basis={self.basis},block={self.block}"
 
     @property
     def residual_fmt(self) -> BlockFormat:
         """See :class:`Codec`."""
-        return BlockFormat(bits=self.residual, block=self.block)
+        return BlockFormat(bits=8, block=self.block)
 
     @property
     def values_codec(self) -> BlockCodec:

@@ -29,7 +29,7 @@ def parse(spec: str | Codec) -> Codec:
         spec: ``"none"``, ``"noop"`` (sends nothing, a probe), or ``loco`` or ``block`` followed by
             the bits (1, 2, 4, 8), then options ``key=value`` after a colon, separated by commas:
             ``block``, ``levels``, ``rounding``; for LoCo also ``beta``, ``residual``, ``reset``.
-            Or ``lowrank`` followed by the rank, with ``bits``, ``basis``, ``block``, ``residual``.
+            Or ``lowrank`` followed by the rank, with ``bits``, ``basis``, ``block``.
 
     Raises:
         ConfigError: For an unknown name, option or value; says what is allowed.
