@@ -193,6 +193,25 @@ class Comm:
             small, rescale = [], None
         return future
 
+    def average_sparse(
+        self, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
+    ) -> Future[Tensor]:
+        """As :meth:`average`, for a bucket of one sparse gradient, which travels as it is."""
+        for parameter in parameters:
+            name = self._bind_one(parameter)
+            self._exempt[name] = ("sparse gradient, its bytes not counted", parameter.numel())
+            self._compressed.pop(name, None)
+            self._residuals.drop(name)
+        if self._pipeline is None:
+            self.start(buffer.device)
+        assert self._pipeline is not None
+        assert self._legs is not None
+        self._steps += is_last
+        if self._world_size == 1 or isinstance(self.codec, NoopCodec):
+            return _completed(buffer)
+        legs = self._legs
+        return self._pipeline.submit(lambda: legs.sparse(buffer), lambda _: buffer)
+
     def stats(self) -> CommStats:
         """What has been sent so far. Call it between steps."""
         traffic = Traffic()

@@ -72,6 +72,10 @@ def attach(
             f"model is a {type(model).__name__}: must be a DistributedDataParallel; "
             "attach after wrapping"
         )
+    if getattr(model, "skip_all_reduce_unused_params", False):
+        raise ConfigError(
+            "skip_all_reduce_unused_params=True: must be False, or steps go uncounted"
+        )
     if not hasattr(model, "reducer"):
         raise ConfigError(
             "model has no buckets: delay_all_reduce_named_params names all its parameters"
@@ -108,6 +112,8 @@ def ddp_hook(state: Comm, bucket: GradBucket) -> torch.futures.Future[Tensor]:
     beside backward.
     """
     buffer = bucket.buffer()
+    if buffer.is_sparse:
+        return state.average_sparse(buffer, bucket.parameters(), bucket.is_last())
     first = buffer.storage_offset()
     parts = []
     for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):

@@ -55,6 +55,11 @@ class Legs:
         """Average uncompressed, in place."""
         self.reduce_traffic.add(all_reduce_exact_(tensors, self._wiring.group))
 
+    def sparse(self, tensor: Tensor) -> None:
+        """Average a sparse tensor, in place."""
+        tensor.div_(dist.get_world_size(self._wiring.group))
+        dist.all_reduce(tensor, group=self._wiring.group)
+
     def reduce(
         self, coded: list[Entry], small: list[Entry], step: int, rescale: Tensor | None
     ) -> tuple[list[Item], Any]:

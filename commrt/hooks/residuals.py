@@ -63,6 +63,11 @@ class Residuals:
             if name in self._payloads:
                 self._payloads[name].zero_()
 
+    def drop(self, name: str) -> None:
+        """Give one up."""
+        for part in (self._payloads, self._shards, self._bases):
+            part.pop(name, None)
+
     def clear(self) -> None:
         """Give all of them up, and their memory."""
         for part in (self._payloads, self._shards, self._bases):
