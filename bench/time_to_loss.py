@@ -1,8 +1,8 @@
 """Wall time on a slow link until the main job reaches a loss, method against method.
 
 Each method trains the main job from the same start with the same schedule on emulated nodes
-(``launch/netcluster``). The goal is the validation loss that fp32 has after ``--goal-step`` steps; a
-method's time is the sum of its step times until its own curve, between validations a straight line,
+(``launch/netcluster``). The goal is the validation loss that fp32 has after ``--goal-step`` steps;
+a method's time is the sum of its step times until its own curve, straight between validations,
 is there. Validations are not counted. Finished runs in ``--runs`` are kept.
 
     python -m bench.time_to_loss --rate 100mbit -o bench/results/time_to_loss_100mbit.json

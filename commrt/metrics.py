@@ -41,10 +41,13 @@ class JsonLines:
         if keep_to_step is not None and path.exists():
             kept = [row for row in read_rows(path) if row.get("step", 0) <= keep_to_step]
         path.parent.mkdir(parents=True, exist_ok=True)
-        # Line buffered: what is in the file is whole lines, also after a crash.
-        self._file = path.open("w", buffering=1, encoding="utf-8")
+        # Line buffered: what is in the file is whole lines, also after a crash. Kept rows are never
+        # away: a crash in between leaves the old file.
+        partial = path.with_name(path.name + ".partial")
+        self._file = partial.open("w", buffering=1, encoding="utf-8")
         for row in kept:
             self.write(row)
+        partial.replace(path)
 
     def write(self, row: Row) -> None:
         """Appends one line."""

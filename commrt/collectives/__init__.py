@@ -1,6 +1,6 @@
 """A codec and a process group become all_reduce_, reduce_scatter and all_gather."""
 
-from commrt.collectives.agreement import check_agreement
+from commrt.collectives.agreement import check_agreement, gather_texts
 from commrt.collectives.compressed import (
     all_gather,
     all_reduce_,
@@ -33,6 +33,7 @@ __all__ = [
     "check_agreement",
     "check_gather",
     "find_nodes",
+    "gather_texts",
     "new_residuals",
     "reduce_scatter",
     "ring_all_reduce_bytes",

@@ -69,6 +69,8 @@ class TrainConfig:
     preset: Annotated[str, f"model size: {', '.join(PRESETS)}"]
     codec: Annotated[str, "gradient codec, none for full precision"] = "loco4"
     gather: Annotated[str | None, "codec of the return leg (default: commrt.attach's)"] = None
+    codec_warmup: Annotated[int, "steps at full precision before the codec sets in"] = 0
+    hierarchy: Annotated[int, "ranks a node, averaged before compression; 0 for one level"] = 0
     steps: Annotated[int, "optimizer steps"] = 1000
     batch_size: Annotated[int, "sequences a rank and step (default: the preset's)"]
     seq_len: Annotated[int, "bytes a sequence (default: the preset's)"]
@@ -83,10 +85,9 @@ class TrainConfig:
     checkpoint_every: Annotated[int, "steps between checkpoints, 0 for none but on a signal"] = 500
     log_every: Annotated[int, "steps between lines where there is no progress bar"] = 10
     out: Annotated[Path, "folder for all that is written (default: runs/PRESET-CODEC-seedSEED)"]
-    resume: Annotated[Path | None, "go on from a run's or a checkpoint's folder; alone: --out"] = (
-        None
-    )
+    resume: Annotated[Path | None, "go on from a run's or checkpoint's folder; alone: --out"] = None
     device: Annotated[str, "where to compute: auto, cpu, cuda"] = "auto"
+    timeout_s: Annotated[int, "seconds after which a rank gives up waiting for another"] = 600
     tensorboard: Annotated[bool, "write TensorBoard events too"] = False
     no_progress: Annotated[bool, "print lines even on a terminal"] = False
 
@@ -113,9 +114,12 @@ class TrainConfig:
         return cls(preset=preset, **options)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "seq_len", "eval_windows", "log_every"):
+        for name in ("steps", "batch_size", "seq_len", "eval_windows", "log_every", "timeout_s"):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup", "seed", "eval_every", "checkpoint_every"):
+        for name in (
+            *("codec_warmup", "hierarchy", "warmup", "seed"),
+            *("eval_every", "checkpoint_every"),
+        ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("weight_decay", "clip"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")

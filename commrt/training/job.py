@@ -11,7 +11,6 @@ import os
 import platform
 import statistics
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +18,14 @@ import torch.distributed as dist
 
 import commrt
 from commrt.errors import ConfigError
-from commrt.metrics import check_tensorboard
-from commrt.training import checkpoint
-from commrt.training.config import TrainConfig
+from commrt.metrics import check_tensorboard, read_rows
+from commrt.training.config import METRICS_FILE, TrainConfig
 from commrt.training.data import load_corpus
 from commrt.training.loop import Loop
+from commrt.training.rendezvous import join
 from commrt.training.reporter import Reporter
 from commrt.training.signals import StopRequest
+from commrt.training.start import begin, check_same_run, find_start
 from commrt.training.trainer import Trainer
 
 _NUM_WARM_STEPS = 5
@@ -36,31 +36,36 @@ def run_job(config: TrainConfig) -> int:
 
     Joins the ranks that ``torchrun`` (or another launcher that sets its variables) started, uses a
     process group that exists already, or runs alone. SIGINT or SIGTERM to any rank ends all of
-    them after the same step, with a checkpoint.
+    them after the same step, with a checkpoint. When ``torchrun --max-restarts`` starts the ranks
+    again, since one of them died, they go on from the newest whole checkpoint by themselves.
 
     Returns:
         The exit code: 0, or 128 plus the signal's number.
 
     Raises:
         ConfigError: The text, the folder or an option cannot be used.
-        StateError: There is no checkpoint to resume from, or it is of another run.
+        PeerMismatchError: Ranks were given different options or texts.
+        StateError: No checkpoint to resume from is whole, or it is of another run.
 
     Ranks: all must call.
     """
     # Mistakes that show on one rank alone come before ranks wait for each other.
-    commrt.Comm(config.codec, config.gather)
+    commrt.Comm(config.codec, config.gather, hierarchy=config.hierarchy or None)
     if config.tensorboard:
         check_tensorboard()
     corpus = load_corpus(config.data)
     corpus.check(config.seq_len)
-    start = _find_start(config)
     device = _pick_device(config.device)
-    with _process_group(device), StopRequest() as stop:
+    with _process_group(device, config.timeout_s):
+        check_same_run(config, corpus, device)
+        start = find_start(config, device)
         trainer = Trainer(config, corpus, device)
-        if start is not None:
-            trainer.load(start)
+        notes = begin(trainer, start)
         reporter = Reporter(config, rank=dist.get_rank(), first_step=trainer.step)
-        with contextlib.closing(reporter):
+        # Not before: until steps are taken a signal ends a rank as it ends any program.
+        with contextlib.closing(reporter), StopRequest() as stop:
+            for note in notes:
+                reporter.say(note)
             return _train(trainer, reporter, stop)
 
 
@@ -72,24 +77,33 @@ def _train(trainer: Trainer, reporter: Reporter, stop: StopRequest) -> int:
     if not loop.run():
         reporter.say(f"Stopped at step {trainer.step}. To go on: --out {config.out} --resume")
         return stop.exit_code
-    summary = {**config.to_dict(), **environment, **_results(trainer, loop)}
-    reporter.finish(summary, trainer.comm.report())
+    if dist.get_rank() == 0:
+        results = _results(config, trainer)
+        reporter.finish({**config.to_dict(), **environment, **results}, trainer.comm.report())
     return 0
 
 
-def _results(trainer: Trainer, loop: Loop) -> dict[str, Any]:
-    stats, num_steps = trainer.comm.stats(), len(loop.step_ms)
-    step_ms = statistics.median(loop.step_ms[_NUM_WARM_STEPS:] or loop.step_ms)
+def _results(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
+    """Sums up the metrics of the whole run, however often it was resumed. On rank 0."""
+    rows = read_rows(config.out / METRICS_FILE)
+    steps = [row for row in rows if row["kind"] == "train"]
+    validations = [row for row in rows if row["kind"] == "val"]
+
+    def mean(name: str) -> float:
+        return statistics.fmean(row[name] for row in steps)
+
+    step_ms = statistics.median([row["step_ms"] for row in steps[_NUM_WARM_STEPS:] or steps])
     return {
-        "gather": None if trainer.config.codec == "none" else trainer.comm.gather.spec,
-        "val_loss": loop.newest["val"]["val_loss"],
-        "train_loss": loop.newest["train"]["loss"],
-        "bytes_per_step": stats.wire_bytes / num_steps,
-        "dense_bytes_per_step": stats.dense_bytes / num_steps,
-        "ratio": stats.ratio,
+        "gather": None if config.codec == "none" else trainer.comm.gather.spec,
+        "val_loss": validations[-1]["val_loss"],
+        "train_loss": steps[-1]["loss"],
+        "bytes_per_step": mean("bytes_sent"),
+        "node_bytes_per_step": mean("node_bytes"),
+        "dense_bytes_per_step": mean("dense_bytes"),
+        "ratio": mean("dense_bytes") / mean("bytes_sent") if mean("bytes_sent") else 1.0,
         "step_ms": step_ms,
-        "codec_ms": 1000 * stats.codec_s / num_steps,
-        "network_ms": 1000 * stats.network_s / num_steps,
+        "codec_ms": mean("codec_ms"),
+        "network_ms": mean("network_ms"),
         "tokens_per_s": 1000 * trainer.tokens_per_step / step_ms,
     }
 
@@ -106,18 +120,6 @@ def _environment(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _find_start(config: TrainConfig) -> Path | None:
-    """Returns the checkpoint to go on from; checks that none in ``out`` is of another run."""
-    start = None if config.resume is None else checkpoint.find(config.resume)
-    stays = start is not None and start.parent.resolve() == config.out.resolve()
-    if not stays and checkpoint.list_checkpoints(config.out):
-        raise ConfigError(
-            f"out is {config.out}, which holds checkpoints of an earlier run: "
-            "go on from them with --resume, or choose another folder"
-        )
-    return start
-
-
 def _pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device is cuda: no GPU is available, so it must be cpu or auto")
@@ -129,15 +131,11 @@ def _pick_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def _process_group(device: torch.device) -> Iterator[None]:
+def _process_group(device: torch.device, timeout_s: int) -> Iterator[None]:
     if dist.is_initialized():
         yield
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    join("nccl" if device.type == "cuda" else "gloo", timeout_s)
     try:
         yield
     finally:

@@ -56,10 +56,6 @@ class Exchange:
 class Loop:
     """Takes the steps of a run and reports each.
 
-    Attributes:
-        step_ms: Duration of each step taken, without validations and checkpoints.
-        newest: The newest row of each kind, "train" and "val".
-
     Args:
         trainer: What to train.
         write: Takes the rows.
@@ -69,8 +65,6 @@ class Loop:
     def __init__(
         self, trainer: Trainer, write: Callable[[Row], None], wants_stop: Callable[[], bool]
     ) -> None:
-        self.step_ms: list[float] = []
-        self.newest: dict[str, Row] = {}
         self._trainer = trainer
         self._write = write
         self._wants_stop = wants_stop
@@ -95,7 +89,7 @@ class Loop:
                 trainer.save()
                 break
             if validates:
-                self._report(self._validation_row())
+                self._write(self._validation_row())
             if saves:
                 trainer.save()
         self._settle()
@@ -107,12 +101,11 @@ class Loop:
 
     def _take_step(self) -> None:
         trainer, began = self._trainer, time.perf_counter()
-        sent = trainer.comm.stats().wire_bytes
+        before = trainer.comm.stats()
         loss = trainer.train_step()
         self._settle()
         stats = trainer.comm.stats()
         duration = time.perf_counter() - began
-        self.step_ms.append(1000 * duration)
         row = {
             "kind": "train",
             "step": trainer.step,
@@ -120,14 +113,18 @@ class Loop:
             "lr": trainer.optimizer.param_groups[0]["lr"],
             "tokens_per_s": trainer.tokens_per_step / duration,
             "step_ms": 1000 * duration,
-            "bytes_sent": stats.wire_bytes - sent,
+            "codec_ms": 1000 * (stats.codec_s - before.codec_s),
+            "network_ms": 1000 * (stats.network_s - before.network_s),
+            "bytes_sent": stats.wire_bytes - before.wire_bytes,
+            "node_bytes": stats.node_bytes - before.node_bytes,
+            "dense_bytes": stats.dense_bytes - before.dense_bytes,
             "ratio": stats.ratio,
         }
         self._exchange.post(loss, row, stop=self._wants_stop())
 
     def _settle(self) -> None:
         for row in self._exchange.settle():
-            self._report(row)
+            self._write(row)
 
     def _validation_row(self) -> Row:
         return {
@@ -136,7 +133,3 @@ class Loop:
             "val_loss": self._trainer.validate(),
             "residual_norm": self._trainer.comm.residual_norm(),
         }
-
-    def _report(self, row: Row) -> None:
-        self.newest[row["kind"]] = row
-        self._write(row)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commrt
 from commrt.errors import StateError
 from commrt.training import checkpoint
+from commrt.training.checkpoint import Checkpoint
 from commrt.training.config import TrainConfig
 from commrt.training.data import Corpus, train_batch, validation_batches
 from commrt.training.model import GPT, next_byte_losses
@@ -21,8 +21,8 @@ from commrt.training.optimizer import learning_rate, make_optimizer
 # Fields that may differ between a run and its continuation. A new number of steps moves the
 # learning rate schedule, on purpose.
 _FREE_FIELDS = {
-    "steps", "data", "out", "resume", "device", "eval_every", "eval_windows", "checkpoint_every",
-    "log_every", "tensorboard", "no_progress",
+    "steps", "data", "out", "resume", "device", "timeout_s", "eval_every", "eval_windows",
+    "checkpoint_every", "log_every", "tensorboard", "no_progress",
 }  # fmt: skip
 
 
@@ -51,7 +51,14 @@ class Trainer:
         self.model = GPT(config.model).to(device)
         self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
         self._settle_buckets()
-        self.comm = commrt.attach(self.ddp, config.codec, config.gather, seed=config.seed)
+        self.comm = commrt.attach(
+            self.ddp,
+            config.codec,
+            config.gather,
+            seed=config.seed,
+            warmup=config.codec_warmup,
+            hierarchy=config.hierarchy or None,
+        )
         self.optimizer = make_optimizer(self.model, config)
 
     def _settle_buckets(self) -> None:
@@ -130,29 +137,43 @@ class Trainer:
         own = self.comm.state_dict()
         return checkpoint.save(self.config.out, step=self.step, shared=shared, own=own)
 
-    def load(self, folder: Path) -> None:
-        """Goes on from a checkpoint, exactly where it was written.
+    def load(self, found: Checkpoint) -> None:
+        """Goes on from a checkpoint: exactly where it was written, if by as many ranks.
+
+        With another number of ranks what their residuals hold is shared out among those there are.
 
         Raises:
-            StateError: The checkpoint belongs to another run: its configuration, text or number
-                of ranks differs. The message names what.
-        """
-        shared, own = checkpoint.load(folder)
-        self._check_same_run(folder, shared)
-        if shared["step"] >= self.config.steps:
-            raise StateError(f"{folder} is at step {shared['step']}: steps must be larger")
-        self.model.load_state_dict(shared["model"])
-        self.optimizer.load_state_dict(shared["optimizer"])
-        self.comm.load_state_dict(own)
-        self.step = shared["step"]
+            StateError: The checkpoint belongs to another run, whose configuration or text differs,
+                or is at the last step already. The message names what.
 
-    def _check_same_run(self, folder: Path, shared: dict[str, Any]) -> None:
-        saved = {**shared["config"], "train_bytes": shared["train_bytes"]}
+        Ranks: all must call.
+        """
+        self._check_same_run(found)
+        self._check_step(found)
+        self.model.load_state_dict(found.shared["model"])
+        self.optimizer.load_state_dict(found.shared["optimizer"])
+        is_same_size = found.world_size == dist.get_world_size()
+        self.comm.load_state_dict(found.states[0] if is_same_size else found.states)
+        self.step = found.step
+
+    def _check_same_run(self, found: Checkpoint) -> None:
+        free = _FREE_FIELDS
+        if found.world_size != dist.get_world_size():
+            free = free | {"batch_size", "hierarchy"}
+        saved = {**found.shared["config"], "train_bytes": found.shared["train_bytes"]}
         now = {**self.config.to_dict(), "train_bytes": len(self.corpus.train)}
         changed = [
             f"{name} was {saved.get(name)!r} and is {value!r}"
             for name, value in now.items()
-            if name not in _FREE_FIELDS and saved.get(name) != value
+            if name not in free and saved.get(name) != value
         ]
         if changed:
-            raise StateError(f"{folder} belongs to another run: {', '.join(changed)}")
+            raise StateError(f"{found.folder} belongs to another run: {', '.join(changed)}")
+
+    def _check_step(self, found: Checkpoint) -> None:
+        """A run killed after its last checkpoint, before its summary, has but that to write."""
+        steps = self.config.steps
+        is_same_end = found.step == steps == found.shared["config"]["steps"]
+        is_in_out = found.folder.parent.resolve() == self.config.out.resolve()
+        if found.step >= steps and not (is_same_end and is_in_out):
+            raise StateError(f"{found.folder} is at step {found.step}: steps must be larger")

@@ -81,7 +81,7 @@ def results(out, step):
     """The files of a checkpoint."""
     files = {
         path.name: torch.load(path, weights_only=True)
-        for path in sorted((out / f"step_{step:07d}").iterdir())
+        for path in sorted((out / f"step_{step:07d}").glob("*.pt"))
     }
     files["model.pt"].pop("config")
     return files
@@ -135,7 +135,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(options, tmp_path):
     run_ranks(train, options | {"out": tmp_path / "whole"}, world_size=2, timeout_s=TIMEOUT_S)
     assert losses(options["out"]) == losses(tmp_path / "whole")
     names = [path.name for path in options["out"].glob("step_*")]
-    assert sorted(names) == ["step_0000006", "step_0000008"]
+    assert sorted(names) == ["step_0000004", "step_0000008"]
 
 
 def test_two_ranks_train_as_one_with_twice_the_batch(options, tmp_path):
@@ -152,6 +152,20 @@ def test_two_ranks_train_as_one_with_twice_the_batch(options, tmp_path):
     assert summary["step_ms"] > 0
     expected = {"codec": "none", "seed": 0, "steps": 8, "world_size": 2, "batch_size": 2}
     assert expected.items() <= summary.items()
+
+
+def test_the_codec_waits_and_nodes_are_averaged_first(options):
+    changed = {"codec": "loco4", "codec_warmup": 2, "hierarchy": 2, "batch_size": 1, "steps": 4}
+    run_ranks(train, options | changed, world_size=4, timeout_s=TIMEOUT_S)
+    rows = [row for row in read_rows(options["out"] / "metrics.jsonl") if row["kind"] == "train"]
+    numel = json.loads((options["out"] / "summary.json").read_text())["num_params"]
+    sent = [row["bytes_sent"] for row in rows]
+    assert sent[:2] == [pytest.approx(4 * numel * 2 * 3 / 4, rel=0.01)] * 2
+    # Between nodes a quarter, coded, there and back. Inside a half: there in fp32, back as coded.
+    between = (4.125 + 8.125) / 8 * numel / 4
+    assert sent[2:] == [pytest.approx(between, rel=0.15)] * 2  # more for what is not coded
+    within = [row["node_bytes"] for row in rows]
+    assert within == [0, 0, *[pytest.approx((4 + 8.125 / 8) * numel / 2, rel=0.02)] * 2]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +227,7 @@ def test_ctrl_c_ends_all_ranks_of_torchrun(options, tmp_path):
     interrupt(process, metrics)
     last = losses(options["out"])[-1][1]
     assert [path.name for path in options["out"].glob("step_*")] == [f"step_{last:07d}"]
-    assert {path.name for path in (options["out"] / f"step_{last:07d}").iterdir()} == {
+    assert {path.name for path in (options["out"] / f"step_{last:07d}").glob("*.pt")} == {
         "comm_0.pt",
         "comm_1.pt",
         "model.pt",

@@ -2,11 +2,13 @@
 so nothing can have been sent.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 import commrt
 from commrt.errors import ConfigError
@@ -30,6 +32,18 @@ from commrt.errors import ConfigError
         ({"gather": "block3"}, "'block3.*' has 3 bits: must be one of"),
         ({"min_numel": -1}, "min_numel=-1: must be an integer of at least 0"),
         ({"min_numel": 1.5}, "min_numel=1.5: must be an integer of at least 0"),
+        ({"warmup": -1}, "warmup=-1: must be an integer of at least 0"),
+        ({"warmup": 0.5}, "warmup=0.5: must be an integer of at least 0"),
+        ({"gather": ""}, "must be a spec such as 'loco4'"),
+        ({"gather": "noop"}, "gather='noop': must be 'none' or a block codec that rounds"),
+        ({"gather": "lowrank8"}, "gather='lowrank8:.*': must be 'none' or a block codec"),
+        ({"intra": "noop"}, "intra='noop': must be 'none' or a block codec that rounds"),
+        ({"intra": "loco4"}, "intra='loco4:.*': must be 'none' or a block codec that rounds"),
+        ({"intra": "block8:rounding=stochastic"}, "intra='block8:.*': must be 'none' or a block"),
+        ({"intra": "block8:block=64"}, "intra has block=64: must be the codec's 128"),
+        ({"intra": "block3"}, "'block3.*' has 3 bits: must be one of"),
+        ({"small": "loco4"}, "small='loco4:.*': must be 'none' or a block codec that rounds"),
+        ({"small": "noop"}, "small='noop': must be 'none' or a block codec that rounds"),
     ],
 )
 def test_bad_settings_name_the_value_and_what_is_allowed(
@@ -38,6 +52,23 @@ def test_bad_settings_name_the_value_and_what_is_allowed(
     assert not dist.is_initialized()
     with pytest.raises(ConfigError, match=message):
         commrt.Comm(**settings)
+
+
+@pytest.mark.parametrize(
+    "collective",
+    [
+        lambda tensor: commrt.all_reduce_(tensor, codec="noop"),
+        lambda tensor: commrt.all_reduce_(tensor, codec="block8", gather="noop"),
+        lambda tensor: commrt.reduce_scatter(tensor, codec="noop"),
+        lambda tensor: commrt.all_gather(tensor, codec="noop"),
+    ],
+)
+def test_a_collective_that_sends_nothing_is_refused(collective: Callable[[Tensor], Any]) -> None:
+    """Its result would be wrong: only a hook can leave gradients alone."""
+    tensor = torch.ones(4)
+    with pytest.raises(ConfigError, match="'noop'"):
+        collective(tensor)
+    assert tensor.tolist() == [1.0] * 4
 
 
 def test_config_errors_are_value_errors() -> None:
@@ -50,9 +81,11 @@ def test_a_model_that_is_not_ddp_is_refused() -> None:
         commrt.attach(torch.nn.Linear(2, 2))
 
 
-def test_the_gather_codec_takes_the_codecs_block() -> None:
+def test_codecs_of_other_legs_take_the_codecs_block() -> None:
+    for spec in ("block8", "none"):
+        comm = commrt.Comm("loco4:block=256", gather=spec, intra=spec, small=spec)
+        assert comm.gather.block == comm.codecs.intra.block == comm.codecs.small.block == 256
     assert commrt.Comm("loco4:block=256").gather.block == 256
-    assert commrt.Comm("loco4:block=256", gather="none").gather.block == 256
 
 
 def test_a_report_needs_no_process_group() -> None:

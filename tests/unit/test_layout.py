@@ -7,7 +7,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from commrt.codecs import Codec, Window, parse
-from commrt.collectives.layout import ALIGNMENT, Layout, Piece, balanced, one_each
+from commrt.collectives.layout import (
+    ALIGNMENT,
+    Layout,
+    Piece,
+    balanced,
+    one_each,
+    share_of,
+    split_each,
+)
 
 NUMELS = st.lists(st.sampled_from([0, 1, 5, 31, 32, 33, 128, 1000, 4099]), max_size=8)
 BLOCKS = st.sampled_from([32, 128, 1024])
@@ -69,6 +77,48 @@ def test_a_block_never_holds_two_tensors() -> None:
 def test_more_ranks_than_blocks_leave_some_shards_empty() -> None:
     layout = balanced((0, 5, 0), 128, 3)
     assert sorted(layout.shards) == [(), (), (Piece(1, Window(0, 1, 0)),)]
+
+
+@given(NUMELS, BLOCKS, WORLD_SIZES)
+def test_shares_of_each_tensor_hold_every_block_once(
+    numels: list[int], block: int, world_size: int
+) -> None:
+    """Each rank has a piece of every tensor, if an empty one, so indices need no bookkeeping."""
+    layout = split_each(tuple(numels), block, world_size)
+    assert len(layout.shards) == world_size
+    assert blocks_in(layout) == blocks_of(numels, block)
+    for rank, pieces in enumerate(layout.shards):
+        assert [piece.tensor for piece in pieces] == list(range(len(numels)))
+        at_block = 0
+        for tensor, window in pieces:
+            begin, end = share_of(numels[tensor], block, rank, world_size)
+            assert window.at_block == at_block
+            assert window.num_blocks == -(-(end - begin) // block)
+            assert window.first_block * block == begin or begin == end
+            at_block += window.num_blocks
+        assert layout.num_blocks(rank) == at_block
+
+
+@given(st.integers(0, 5000), BLOCKS, WORLD_SIZES)
+def test_shares_of_a_tensor_follow_one_another_and_differ_by_one_block(
+    numel: int, block: int, world_size: int
+) -> None:
+    """In whole blocks, but for the end of the tensor."""
+    shares = [share_of(numel, block, rank, world_size) for rank in range(world_size)]
+    cuts = [begin for begin, _ in shares]
+    assert [0, *(end for _, end in shares)] == [*cuts, numel]
+    assert all(cut % block == 0 or cut == numel for cut in cuts)
+    counts = [-(-(end - begin) // block) for begin, end in shares]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_who_owns_a_block_does_not_depend_on_the_other_tensors() -> None:
+    """As it does where shards are balanced over all of them."""
+    alone, behind = split_each((1000,), 128, 2), split_each((500, 1000), 128, 2)
+    for shard, other in zip(alone.shards, behind.shards, strict=True):
+        assert shard[0].window[:2] == other[1].window[:2]
+    balanced_one = balanced((500, 1000), 128, 2).shards[1][-1]
+    assert balanced_one.window[:2] != alone.shards[1][0].window[:2]
 
 
 @given(NUMELS.filter(len), BLOCKS)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, parse, with_block
+from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, NoopCodec, parse, with_block
 from commrt.errors import ConfigError
 from commrt.ops.format import BLOCKS, MAX_BETA
 
@@ -33,7 +33,7 @@ def codecs(draw: st.DrawFn) -> Codec:
     )
 
 
-@given(codec=codecs() | st.just(ExactCodec()))
+@given(codec=codecs() | st.just(ExactCodec()) | st.just(NoopCodec()))
 def test_a_codec_survives_its_spec(codec: Codec) -> None:
     assert parse(codec.spec) == codec
     assert parse(codec.spec).spec == codec.spec
@@ -43,6 +43,7 @@ def test_a_codec_survives_its_spec(codec: Codec) -> None:
     ("spec", "codec"),
     [
         ("none", ExactCodec()),
+        ("noop", NoopCodec()),
         ("block8", BlockCodec(bits=8)),
         ("block4:block=64", BlockCodec(bits=4, block=64)),
         ("block2:levels=absmax", BlockCodec(bits=2, levels="absmax")),
@@ -66,6 +67,11 @@ def test_a_block_codec_is_not_a_loco_codec() -> None:
     assert parse("loco4") != parse("block4")
 
 
+def test_noop_is_not_none() -> None:
+    assert parse("noop") != parse("none")
+    assert with_block("noop", 64) == NoopCodec(block=64)
+
+
 def test_a_codec_is_returned_as_it_is() -> None:
     codec = LocoCodec(bits=2)
     assert parse(codec) is codec
@@ -85,6 +91,8 @@ def test_a_codec_is_returned_as_it_is() -> None:
         ("loco-4", "codec='loco-4': must be a spec such as"),
         ("loco4;block=64", "codec='loco4;block=64': must be a spec such as"),
         ("none:block=64", "codec='none:block=64': must be a spec such as"),
+        ("noop:block=64", "codec='noop:block=64': must be a spec such as"),
+        ("noop1", "codec='noop1': must be a spec such as"),
         (None, "codec=None: must be a spec string such as 'loco4'.*or a Codec"),
         (4, "codec=4: must be a spec string such as"),
         (b"loco4", "codec=b'loco4': must be a spec string such as"),
@@ -129,6 +137,7 @@ def test_what_is_wrong_is_named(spec: object, message: str) -> None:
         ("loco4:beta=0.9", 64),
         ("block8", 64),
         ("none", 64),
+        ("noop", 64),
         ("loco4:block=256", 256),
         ("loco4:beta=0.9,block=256", 256),
     ],
