@@ -71,6 +71,13 @@ class LowRankCodec(Codec):
         """Of the factor (m, r), of which only the span matters."""
         return BlockCodec(bits=self.basis, block=self.block)
 
+    def is_finite(self, residual: Tensor) -> Tensor:
+        """Whether all of a stored residual is finite, a scalar: other blocks have no scale."""
+        first_scale = (
+            residual.numel() // self.residual_fmt.block_bytes * self.residual_fmt.code_bytes
+        )
+        return residual[first_scale:].view(torch.bfloat16).isfinite().all()
+
     def pays(self, shape: torch.Size) -> bool:
         """Whether factors of this matrix have at most half its elements."""
         m, n = matrix_shape(shape)

@@ -52,7 +52,7 @@ class LowRankReducer:
     hold_zeros: bool = False
 
     def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Sent:
-        """See :class:`Averager`. Overwrites fp32 tensors with h."""
+        """See :class:`Averager`. Overwrites fp32 tensors."""
         held = [self.hold_zeros and is_zero(item.tensor) for item in items]
         with timed(traffic, "codec_s"):
             pairs = zip(items, held, strict=True)
@@ -72,7 +72,7 @@ class LowRankReducer:
             parts = zip(items, held, matrices, bases, values, strict=True)
             for item, is_held, matrix, basis, sent in parts:
                 if not is_held:
-                    self._keep(item, torch.addmm(matrix, basis.T, sent, alpha=-1))
+                    self._keep(item, matrix.addmm_(basis.T, sent, alpha=-1))
         return Sent(self.values.exchange(send, layout, traffic), bases, values)
 
     def gather_leg(self, received: Sent, items: Sequence[Item], traffic: Traffic) -> None:
@@ -81,7 +81,11 @@ class LowRankReducer:
         self.values.gather_leg(received.received, rows, traffic)
         with timed(traffic, "codec_s"):
             for item, basis, mean in zip(items, received.bases, received.values, strict=True):
-                _matrix(item).copy_(basis.T @ mean)
+                output = _matrix(item)
+                if output.dtype == mean.dtype:
+                    torch.mm(basis.T, mean, out=output)
+                else:
+                    output.copy_(basis.T @ mean)
                 is_useful = mean.isfinite().all() & mean.any()
                 _update_(_basis(item), orthonormal(mean), is_useful)
 
@@ -98,8 +102,8 @@ class LowRankReducer:
         """Store the residual; one that is not finite leaves the former as it was."""
         assert item.residual is not None
         stored = torch.empty_like(item.residual)
-        self.codec.encode_residual(error.flatten(), stored, item.seed)
-        _update_(item.residual, stored, error.isfinite().all())
+        self.codec.encode_residual(error.view(-1), stored, item.seed)
+        _update_(item.residual, stored, self.codec.is_finite(stored))
 
     def _rows(self, factors: Sequence[Tensor], items: Sequence[Item]) -> list[Item]:
         """The factors as items, a row each where blocks would straddle rows."""
@@ -122,5 +126,9 @@ def _basis(item: Item) -> Tensor:
 
 
 def _update_(old: Tensor, new: Tensor, condition: Tensor) -> None:
-    """Overwrite ``old`` where the condition, a scalar on the device, holds; no waiting for it."""
-    old.copy_(torch.where(condition, new, old))
+    """Overwrite ``old`` where the condition, a scalar, holds; does not wait for a GPU to tell."""
+    if old.device.type == "cpu":
+        if condition:
+            old.copy_(new)
+    else:
+        old.copy_(torch.where(condition, new, old))
