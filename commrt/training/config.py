@@ -69,8 +69,10 @@ class TrainConfig:
     preset: Annotated[str, f"model size: {', '.join(PRESETS)}"]
     codec: Annotated[str, "gradient codec, none for full precision"] = "loco4"
     gather: Annotated[str | None, "codec of the return leg (default: commrt.attach's)"] = None
+    small: Annotated[str, "codec of biases, norms and small matrices"] = "none"
     codec_warmup: Annotated[int, "steps at full precision before the codec sets in"] = 0
     hierarchy: Annotated[int, "ranks a node, averaged before compression; 0 for one level"] = 0
+    intra: Annotated[str, "codec inside nodes, with a hierarchy"] = "none"
     steps: Annotated[int, "optimizer steps"] = 1000
     batch_size: Annotated[int, "sequences a rank and step (default: the preset's)"]
     seq_len: Annotated[int, "bytes a sequence (default: the preset's)"]

@@ -50,7 +50,13 @@ def run_job(config: TrainConfig) -> int:
     Ranks: all must call.
     """
     # Mistakes that show on one rank alone come before ranks wait for each other.
-    commrt.Comm(config.codec, config.gather, hierarchy=config.hierarchy or None)
+    commrt.Comm(
+        config.codec,
+        config.gather,
+        hierarchy=config.hierarchy or None,
+        intra=config.intra,
+        small=config.small,
+    )
     if config.tensorboard:
         check_tensorboard()
     corpus = load_corpus(config.data)

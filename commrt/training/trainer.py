@@ -58,6 +58,8 @@ class Trainer:
             seed=config.seed,
             warmup=config.codec_warmup,
             hierarchy=config.hierarchy or None,
+            intra=config.intra,
+            small=config.small,
         )
         self.optimizer = make_optimizer(self.model, config)
 
