@@ -36,6 +36,7 @@ from commrt.ops.format import PAYLOAD_VERSION
 # Elements coded at a time: DDP's first bucket is the whole model, whose payloads would take memory
 # that no later step needs.
 MAX_RUN = 8 << 20
+SPARSE = "sparse gradient, its bytes not counted"
 
 
 class Comm:
@@ -115,25 +116,24 @@ class Comm:
     def bind(
         self,
         named_parameters: Iterable[tuple[str, Tensor]],
-        ignored: Mapping[str, str] | None = None,
+        exempt: Mapping[str, str] | None = None,
     ) -> None:
         """Name the parameters, and make the residuals of those that are trained.
 
         Args:
             named_parameters: Of the model.
-            ignored: Names of those that DDP does not hand to the hook, with the reason.
+            exempt: Names of those that are not to be compressed, with the reason.
 
         Raises:
             ConfigError: The hierarchy does not fit the ranks.
         """
         if self.hierarchy is not None:
-            assert self._nodes
+            _ = self._nodes
         for name, parameter in named_parameters:
-            if ignored and name in ignored:
-                self._exempt[name] = (ignored[name], parameter.numel())
-                continue
             self._names[parameter] = name
-            if parameter.requires_grad:
+            if exempt and name in exempt:
+                self._exempt[name] = (exempt[name], parameter.numel())
+            elif parameter.requires_grad:
                 self._bind_one(parameter)
 
     def start(self, device: torch.device) -> None:
@@ -199,7 +199,7 @@ class Comm:
         """As :meth:`average`, for a bucket of one sparse gradient, which travels as it is."""
         for parameter in parameters:
             name = self._bind_one(parameter)
-            self._exempt[name] = ("sparse gradient, its bytes not counted", parameter.numel())
+            self._exempt[name] = (SPARSE, parameter.numel())
             self._compressed.pop(name, None)
             self._residuals.drop(name)
         if self._pipeline is None:

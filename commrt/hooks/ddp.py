@@ -4,14 +4,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._distributed_c10d import GradBucket
 from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from commrt.codecs import Codec
 from commrt.errors import ConfigError
-from commrt.hooks.comm import Comm
+from commrt.hooks.comm import SPARSE, Comm
 
 
 def attach(
@@ -93,8 +93,8 @@ def attach(
         grad_scaler=grad_scaler,
     )
     comm.may_have_unused = model.find_unused_parameters or model.static_graph
-    ignored = dict.fromkeys(model.parameters_to_ignore, "DDP does not hand it to the hook")
-    comm.bind(model.module.named_parameters(), ignored)
+    parameters = {_plain(name): part for name, part in model.module.named_parameters()}
+    comm.bind(parameters.items(), _exempt(model))
     try:
         model.register_comm_hook(comm, ddp_hook)
     except RuntimeError as error:
@@ -103,6 +103,21 @@ def attach(
         ) from error
     comm.start(model.device or next(model.parameters()).device)
     return comm
+
+
+def _plain(name: str) -> str:
+    """Without what torch.compile adds, so that a state fits the model compiled or not."""
+    return name.replace("_orig_mod.", "")
+
+
+def _exempt(model: DistributedDataParallel) -> dict[str, str]:
+    reasons = dict.fromkeys(
+        map(_plain, model.parameters_to_ignore), "DDP does not hand it to the hook"
+    )
+    for name, module in model.module.named_modules():
+        if getattr(module, "sparse", False) and isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            reasons[_plain(f"{name}.weight".removeprefix("."))] = SPARSE
+    return reasons
 
 
 def ddp_hook(state: Comm, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -2,13 +2,16 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+import commrt
+from commrt.codecs import LocoCodec
 
 IN, OUT = 32, 8
 EXEMPT = {"0.bias", "1.weight", "1.bias", "3.bias", "5.weight", "5.bias"}
@@ -122,3 +125,67 @@ def local_gradients(
         means[name] = gradient / dist.get_world_size()
         dist.all_reduce(means[name])
     return means, largest
+
+
+class Ledger:
+    """Sums of one rank's gradients and of the means that came back, in fp64, by name.
+
+    Args:
+        model: The module under DDP.
+        codec: LoCo; the means come back in fp32, and every parameter is compressed.
+        **settings: Of :class:`commrt.Comm`.
+    """
+
+    def __init__(self, model: nn.Module, codec: str, **settings: Any) -> None:
+        self.names = {parameter: name for name, parameter in model.named_parameters()}
+        self.comm = commrt.Comm(codec, gather="none", min_numel=1, **settings)
+        self.comm.bind(model.named_parameters())
+        zeros = {
+            name: torch.zeros(parameter.numel(), dtype=torch.float64)
+            for name, parameter in model.named_parameters()
+        }
+        self.given, self.received = copy.deepcopy(zeros), copy.deepcopy(zeros)
+        self.rounding = dict.fromkeys(zeros, 0.0)
+        self.ranks_per_node = dist.get_world_size() // len(self.comm.state_dict()["nodes"])
+
+    def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            name = self.names[parameter]
+            self.given[name] += gradient.flatten()
+            self.rounding[name] += 1e-6 * float(gradient.abs().max())
+        return commrt.ddp_hook(self.comm, bucket)
+
+    def end_step(self) -> None:
+        """Note the means, and how far the residuals can have been rounded to 8 bits."""
+        codec = self.comm.codec
+        assert isinstance(codec, LocoCodec)
+        state = self.comm.state_dict()
+        for parameter, name in self.names.items():
+            if parameter.grad is not None:
+                self.received[name] += parameter.grad.flatten()
+            half_a_step = 1.02 * float(residual_of(codec, state, name).abs().max()) / 254
+            self.rounding[name] += self.ranks_per_node * half_a_step / (1 - codec.beta)
+
+    def check(self, name: str) -> None:
+        """Sum of gradients = W * sum of means + what is still owed, over all ranks: residuals /
+        (1 - beta), each of the mean of a node's ranks.
+        """
+        codec = self.comm.codec
+        assert isinstance(codec, LocoCodec)
+        kept = residual_of(codec, self.comm.state_dict(), name)
+        owed = self.ranks_per_node * kept.double() / (1 - codec.beta)
+        given, rounding = self.given[name].clone(), torch.tensor(self.rounding[name])
+        for tensor in (owed, given, rounding):
+            dist.all_reduce(tensor)
+        gap = given - dist.get_world_size() * self.received[name]
+        error = float((gap - owed).abs().max())
+        assert error <= rounding, (name, error, rounding)
+        assert float(gap.abs().max()) > 2 * rounding, "the residuals would not be missed"
+
+
+def residual_of(codec: LocoCodec, state: Mapping[str, Any], name: str) -> Tensor:
+    """The residual in a state dict, of the whole parameter; zeros where other ranks keep it."""
+    begin, end, numel = state["shards"][name]
+    errors = torch.zeros(numel)
+    codec.decode_residual(state["residuals"][name], errors[begin:end])
+    return errors

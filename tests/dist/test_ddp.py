@@ -7,7 +7,6 @@ BOUND of the largest in the first step.
 """
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -18,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import commrt
-from commrt.codecs import LocoCodec
 from commrt.testing import run_ranks
 from tests.dist.small_training import (
     EXEMPT,
     IN,
     OUT,
+    Ledger,
     all_of,
     assert_same_on_all_ranks,
     backward,
@@ -388,58 +387,6 @@ def test_kinds_of_models_and_hooks() -> None:
 
 
 # -- invariants ----------------------------------------------------------------------------------
-
-
-class Ledger:
-    """Sums of one rank's gradients and of the means that came back, in fp64, by name."""
-
-    def __init__(self, model: nn.Module, codec: str) -> None:
-        self.names = {parameter: name for name, parameter in model.named_parameters()}
-        self.comm = commrt.Comm(codec, gather="none", min_numel=1)
-        self.comm.bind(model.named_parameters())
-        zeros = {
-            name: torch.zeros(parameter.numel(), dtype=torch.float64)
-            for name, parameter in model.named_parameters()
-        }
-        self.given, self.received = copy.deepcopy(zeros), copy.deepcopy(zeros)
-        self.rounding = dict.fromkeys(zeros, 0.0)
-
-    def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            name = self.names[parameter]
-            self.given[name] += gradient.flatten()
-            self.rounding[name] += 1e-6 * float(gradient.abs().max())
-        return commrt.ddp_hook(self.comm, bucket)
-
-    def residual(self, name: str) -> Tensor:
-        assert isinstance(self.comm.codec, LocoCodec)
-        error = torch.empty(self.given[name].numel())
-        payload = self.comm.state_dict()["residuals"][name]
-        self.comm.codec.decode_residual(payload, error)
-        return error
-
-    def end_step(self) -> None:
-        """Note the means, and how far the residuals can have been rounded to 8 bits."""
-        codec = self.comm.codec
-        assert isinstance(codec, LocoCodec)
-        for parameter, name in self.names.items():
-            if parameter.grad is not None:
-                self.received[name] += parameter.grad.flatten()
-            half_a_step = 1.02 * float(self.residual(name).abs().max()) / 254
-            self.rounding[name] += half_a_step / (1 - codec.beta)
-
-    def check(self, name: str) -> None:
-        """Sum of gradients = W * sum of means + residuals / (1 - beta), over all ranks."""
-        codec = self.comm.codec
-        assert isinstance(codec, LocoCodec)
-        owed = self.residual(name).double() / (1 - codec.beta)
-        given, rounding = self.given[name].clone(), torch.tensor(self.rounding[name])
-        for tensor in (owed, given, rounding):
-            dist.all_reduce(tensor)
-        gap = given - dist.get_world_size() * self.received[name]
-        error = float((gap - owed).abs().max())
-        assert error <= rounding, (name, error, rounding)
-        assert float(gap.abs().max()) > 2 * rounding, "the residuals would not be missed"
 
 
 def nothing_is_lost() -> None:
