@@ -13,6 +13,7 @@ ALLOWED_SKIPS = (
     "not run: no nvcc",
     "not run: CPU without AVX2",
     "not run: CPU without AVX-512",
+    "not run: no network namespaces",
 )
 
 hypothesis.settings.register_profile("local", deadline=None)

@@ -133,16 +133,16 @@ report = json.dumps({{
     "in": measure(to_rank_0, 0), "out": measure(from_rank_0, 1),
     **{{name: os.environ["COMMRT_NETCLUSTER_" + name] for name in names}},
 }})
-sys.stdout.write(report + "\n")
-sys.stderr.write(f"for stderr {{rank}}\n")
+sys.stdout.write(report + "\\n")
+sys.stderr.write(f"for stderr {{rank}}\\n")
 dist.barrier()
 dist.destroy_process_group()
 """
 
 FAIL = """
 import os, sys
-sys.stdout.write(f"{sorted(os.listdir('/sys/class/net'))}\n")
-sys.stderr.write("for stderr\n")
+sys.stdout.write(f"{sorted(os.listdir('/sys/class/net'))}\\n")
+sys.stderr.write("for stderr\\n")
 sys.exit(3)
 """
 
@@ -209,7 +209,7 @@ STUBBORN = """
 import signal, sys, time
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-sys.stdout.write("ready\n")
+sys.stdout.write("ready\\n")
 time.sleep(1000)
 """
 
