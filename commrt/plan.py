@@ -263,17 +263,18 @@ def _bucket_traffic(job: Job, method: str, numel: float) -> tuple[list[_Traffic]
     if isinstance(codec, ExactCodec):
         return [_ring(numel * GRADIENT_BYTES, ranks, passes=2)], []
     reduced, gathered = _payload_bytes(job, codec, gather, numel)
-    small = _ring(numel * SMALL_SHARE * GRADIENT_BYTES, ranks, passes=2)
+    small = numel * SMALL_SHARE * GRADIENT_BYTES  # in the messages of the others, on both legs
+    reduced, gathered = reduced + small, gathered + small
     if intra:
         share = reduced * (job.nodes - 1) / job.nodes
-        between = [_Traffic(share, 1, job.nodes), _ring(gathered, job.nodes), small]
+        between = [_Traffic(share, 1, job.nodes), _ring(gathered, job.nodes)]
         inside_codec = with_block(intra, codec.block)
         assert isinstance(inside_codec, BlockwiseCodec)
         bits = inside_codec.payload_bytes(1) / inside_codec.block
         away = numel * bits * (local - 1) / local
         return between, [_Traffic(away, 1, local), _ring(gathered, local)]
     off_node = local * reduced * (ranks - local) / ranks
-    legs = [_Traffic(off_node, 1, ranks), _ring(gathered, ranks), small]
+    legs = [_Traffic(off_node, 1, ranks), _ring(gathered, ranks)]
     if isinstance(codec, LowRankCodec):  # whose first factor makes the way as well
         legs += [_Traffic(0, 1, ranks), _ring(0, ranks)]
     return legs, []

@@ -21,7 +21,7 @@ from commrt.codecs import (
     with_block,
 )
 from commrt.collectives.layout import one_each
-from commrt.collectives.reducer import Item, Reducer, all_reduce_exact_
+from commrt.collectives.reducer import Item, Reducer, Section, all_reduce_exact_
 from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic
 from commrt.errors import ConfigError
@@ -98,7 +98,6 @@ def reduce_scatter(
     reducer = Reducer(codec, ExactCodec(block=codec.block), group, group)
     numels = _shard_numels(input.numel(), shard_numels, reducer.world_size)
     shards = list(input.split(numels))
-    layout = one_each(numels, codec.block)
     residuals = None
     if residual is not None:
         sizes = [codec.residual_bytes(numel) for numel in numels]
@@ -107,12 +106,11 @@ def reduce_scatter(
         residuals = residual.split(sizes)
     items = _items(codec, shards, residuals, seed, reducer.rank)
     traffic = Traffic()
-    send = reducer.encode(items, layout, traffic)
-    received = reducer.exchange(send, layout, traffic)
-    output = torch.empty(
-        layout.num_blocks(reducer.rank) * codec.block, dtype=torch.float32, device=input.device
-    )
-    reducer.average(received, layout, output)
+    sections = [Section(codec, reducer.gather, items, one_each(numels, codec.block))]
+    received = reducer.exchange(reducer.encode(sections, traffic), sections, traffic)
+    num_blocks = codec.num_blocks(numels[reducer.rank])
+    output = torch.empty(num_blocks * codec.block, dtype=torch.float32, device=input.device)
+    reducer.average(received, sections, [output])
     return output[: numels[reducer.rank]]
 
 

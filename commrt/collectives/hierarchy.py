@@ -19,8 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from commrt.collectives.layout import Layout, balanced, share_of, split_each
-from commrt.collectives.reducer import Item, Reducer, timed
+from commrt.collectives.layout import share_of, split_each
+from commrt.collectives.reducer import Item, Reducer, Section, timed
 from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic
 
@@ -42,59 +42,63 @@ class TwoLevelReducer:
 
     def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Tensor:
         """Average over the node, then send the shares between nodes. Residuals are of shares."""
-        layout = self._layout([item.tensor for item in items])
         whole = [dataclasses.replace(item, residual=None) for item in items]
+        sections = self.intra.sections(whole, cut=split_each)
         inside = Traffic()
-        received = self.intra.exchange(self.intra.encode(whole, layout, inside), layout, inside)
+        send = self.intra.encode(sections, inside)
+        received = self.intra.exchange(send, sections, inside)
         with timed(inside, "codec_s"):
-            shares = self._node_mean(received, layout, items)
-        inside.node_bytes, inside.reduce_bytes = inside.reduce_bytes, 0
+            shares = self._node_mean(received, sections, items)
+        inside.node_bytes = inside.reduce_bytes + inside.exact_bytes
+        inside.reduce_bytes = inside.exact_bytes = 0
         traffic.add(inside)
         return self.inter.reduce_leg(shares, traffic)
 
     def gather_leg(self, received: Tensor, items: Sequence[Item], traffic: Traffic) -> None:
         """Average between nodes, then pass the payloads on inside the node and decode them."""
-        tensors = [item.tensor for item in items]
-        layouts = [self._share_layout(rank, tensors) for rank in range(self.intra.world_size)]
-        own = self.inter.share(received, layouts[self.intra.rank], traffic)
-        slot = max(self.inter.slot_bytes(layout) for layout in layouts) * self.inter.world_size
+        ranks = range(self.intra.world_size)
+        sections = [self.inter.sections(self._shares(rank, items)) for rank in ranks]
+        own = self.inter.share(received, sections[self.intra.rank], traffic)
+        slot = max(map(self.inter.slot_bytes, sections)) * self.inter.world_size
         scratch = self.inter.scratch
         padded = scratch.take("padded", slot, own.device)
         padded[: own.numel()].copy_(own)
-        passed_on = scratch.take("passed on", slot * self.intra.world_size, own.device)
+        passed_on = scratch.take("passed on", slot * len(ranks), own.device)
         with timed(traffic, "network_s"):
             all_gather_single(passed_on, padded, group=self.intra.gather_group)
-        traffic.node_bytes += slot * (self.intra.world_size - 1)
+        traffic.node_bytes += slot * (len(ranks) - 1)
         with timed(traffic, "codec_s"):
-            for rank, layout in enumerate(layouts):
-                shares = [self._share(tensor, rank) for tensor in tensors]
-                self.inter.decode(passed_on[rank * slot :], layout, shares)
+            for rank in ranks:
+                self.inter.decode(passed_on[rank * slot :], sections[rank])
 
-    def _layout(self, tensors: Sequence[Tensor]) -> Layout:
-        numels = tuple(tensor.numel() for tensor in tensors)
-        return split_each(numels, self.inter.codec.block, self.intra.world_size)
+    def _shares(self, rank: int, items: Sequence[Item]) -> list[Item]:
+        """A local rank's shares of the items."""
+        shares = []
+        for item in items:
+            begin, end = self._bounds(rank, item.tensor)
+            shares.append(dataclasses.replace(item, tensor=item.tensor[begin:end]))
+        return shares
 
     def _bounds(self, rank: int, tensor: Tensor) -> tuple[int, int]:
         return share_of(tensor.numel(), self.inter.codec.block, rank, self.intra.world_size)
 
-    def _share(self, tensor: Tensor, rank: int) -> Tensor:
-        begin, end = self._bounds(rank, tensor)
-        return tensor[begin:end]
-
-    def _share_layout(self, rank: int, tensors: Sequence[Tensor]) -> Layout:
-        bounds = (self._bounds(rank, tensor) for tensor in tensors)
-        numels = tuple(end - begin for begin, end in bounds)
-        return balanced(numels, self.inter.codec.block, self.inter.world_size)
-
-    def _node_mean(self, received: Tensor, layout: Layout, items: Sequence[Item]) -> list[Item]:
-        """This rank's share of each item, fp32."""
+    def _node_mean(
+        self, received: Tensor, sections: Sequence[Section], items: Sequence[Item]
+    ) -> list[Item]:
+        """This rank's share of each item, fp32, coded ones first as in the sections."""
         block, rank = self.inter.codec.block, self.intra.rank
-        num_bytes = layout.num_blocks(rank) * block * 4
-        mean = self.intra.scratch.take("mean", num_bytes, received.device).view(torch.float32)
-        self.intra.average(received, layout, mean)
+        sizes = [part.layout.num_blocks(rank) * block for part in sections]
+        mean = self.intra.scratch.take("mean", sum(sizes) * 4, received.device)
+        means = list(mean.view(torch.float32).split(sizes))
+        self.intra.average(received, sections, means)
+        ordered = sorted(items, key=lambda item: item.is_small)
+        pieces = [
+            values[window.at_block * block :]
+            for part, values in zip(sections, means, strict=True)
+            for _, window in part.layout.shards[rank]
+        ]
         shares = []
-        for index, window in layout.shards[rank]:
-            begin, end = self._bounds(rank, items[index].tensor)
-            share = mean[window.at_block * block :][: end - begin]
-            shares.append(dataclasses.replace(items[index], tensor=share))
+        for item, values in zip(ordered, pieces, strict=True):
+            begin, end = self._bounds(rank, item.tensor)
+            shares.append(dataclasses.replace(item, tensor=values[: end - begin]))
         return shares

@@ -53,32 +53,36 @@ class LowRankReducer:
 
     def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Sent:
         """See :class:`Averager`. Overwrites fp32 tensors."""
+        small = [item for item in items if item.is_small]
+        items = [item for item in items if not item.is_small]
         held = [self.hold_zeros and is_zero(item.tensor) for item in items]
         with timed(traffic, "codec_s"):
             pairs = zip(items, held, strict=True)
             matrices = [self._compensated(item, is_held) for item, is_held in pairs]
             spans = [_basis(item) @ matrix.T for item, matrix in zip(items, matrices, strict=True)]
-        rows = self._rows(spans, items)
-        received = self.basis.reduce_leg(rows, traffic)
-        self.basis.gather_leg(received, rows, traffic)
+        if items:
+            rows = self._rows(spans, items)
+            received = self.basis.reduce_leg(rows, traffic)
+            self.basis.gather_leg(received, rows, traffic)
         with timed(traffic, "codec_s"):
             bases = [orthonormal(span) for span in spans]
             values = [basis @ matrix for basis, matrix in zip(bases, matrices, strict=True)]
-        rows = self._rows(values, items)
-        layout = self.values.layout([row.tensor for row in rows])
-        send = self.values.encode(rows, layout, traffic)
+        sections = self.values.sections([*self._rows(values, items), *small])
+        send = self.values.encode(sections, traffic)
         with timed(traffic, "codec_s"):
-            self.values.decode_sent(send, layout, [row.tensor for row in rows])
+            self.values.decode_sent(send, sections)
             parts = zip(items, held, matrices, bases, values, strict=True)
             for item, is_held, matrix, basis, sent in parts:
                 if not is_held:
                     self._keep(item, matrix.addmm_(basis.T, sent, alpha=-1))
-        return Sent(self.values.exchange(send, layout, traffic), bases, values)
+        return Sent(self.values.exchange(send, sections, traffic), bases, values)
 
     def gather_leg(self, received: Sent, items: Sequence[Item], traffic: Traffic) -> None:
         """See :class:`Averager`."""
+        small = [item for item in items if item.is_small]
+        items = [item for item in items if not item.is_small]
         rows = self._rows(received.values, items)
-        self.values.gather_leg(received.received, rows, traffic)
+        self.values.gather_leg(received.received, [*rows, *small], traffic)
         with timed(traffic, "codec_s"):
             for item, basis, mean in zip(items, received.bases, received.values, strict=True):
                 output = _matrix(item)

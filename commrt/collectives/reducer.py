@@ -12,7 +12,7 @@ Ranks: every rank of the group calls, in the same order, with the same codecs an
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ class Item:
         tensor: Flat, overwritten with the mean.
         seed: Of stochastic rounding.
         residual: Updated; None without memory. With two levels, of this rank's share of the tensor.
+        is_small: Whether it goes in the codec of small tensors.
         shape: Of the parameter, for codecs of matrices.
         basis: Updated, for codecs of matrices.
     """
@@ -44,8 +45,26 @@ class Item:
     tensor: Tensor
     seed: int
     residual: Tensor | None
+    is_small: bool = False
     shape: torch.Size | None = None
     basis: Tensor | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Items that share codecs, and how they are cut. A message has one section after the other.
+
+    Attributes:
+        codec: Of the reduce leg.
+        gather: Of the gather leg.
+        items: In the order of the layout.
+        layout: Each rank's shard of them.
+    """
+
+    codec: BlockwiseCodec
+    gather: BlockwiseCodec
+    items: Sequence[Item]
+    layout: Layout
 
 
 class Averager(Protocol):
@@ -63,7 +82,9 @@ class Reducer:
     """The mean over one group.
 
     The legs use a process group each, so that the reduce leg of one bucket may run while the gather
-    leg of the one before is still under way, in any interleaving, on every rank differently.
+    leg of the one before is still under way, in any interleaving, on every rank differently. Small
+    tensors travel in the same messages as the others: on a link full of large ones, messages of
+    their own would wait in line at every hop.
 
     Args:
         codec: Of the reduce leg.
@@ -71,9 +92,10 @@ class Reducer:
         reduce_group: Used on the reduce leg only.
         gather_group: Used on the gather leg only; the same ranks.
         hold_zeros: Send nothing of the residual of a tensor of zeros, and leave it as it was.
+        small: Of small items, on both legs; None: fp32.
 
     Raises:
-        ConfigError: Where the two codecs do not fit together.
+        ConfigError: Where the codecs do not fit together.
     """
 
     codec: BlockwiseCodec
@@ -81,6 +103,7 @@ class Reducer:
     reduce_group: dist.ProcessGroup | None
     gather_group: dist.ProcessGroup | None
     hold_zeros: bool = False
+    small: BlockwiseCodec | None = None
     scratch: Scratch = dataclasses.field(default_factory=Scratch)
     rank: int = dataclasses.field(init=False)
     world_size: int = dataclasses.field(init=False)
@@ -92,91 +115,134 @@ class Reducer:
 
     def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Tensor:
         """See :class:`Averager`; returns every rank's payload of this rank's shard, (W, bytes)."""
-        layout = self.layout([item.tensor for item in items])
-        return self.exchange(self.encode(items, layout, traffic), layout, traffic)
+        sections = self.sections(items)
+        return self.exchange(self.encode(sections, traffic), sections, traffic)
 
     def gather_leg(self, received: Tensor, items: Sequence[Item], traffic: Traffic) -> None:
         """See :class:`Averager`."""
-        tensors = [item.tensor for item in items]
-        layout = self.layout(tensors)
-        gathered = self.share(received, layout, traffic)
+        sections = self.sections(items)
+        gathered = self.share(received, sections, traffic)
         with timed(traffic, "codec_s"):
-            self.decode(gathered, layout, tensors)
+            self.decode(gathered, sections)
 
-    def layout(self, tensors: Sequence[Tensor]) -> Layout:
-        """Balanced shards of the tensors."""
-        numels = tuple(tensor.numel() for tensor in tensors)
-        return balanced(numels, self.codec.block, self.world_size)
+    def sections(
+        self,
+        items: Sequence[Item],
+        cut: Callable[[tuple[int, ...], int, int], Layout] = balanced,
+    ) -> list[Section]:
+        """The items by codec, in balanced shards or as ``cut`` has them; at least one section."""
+        coded = [item for item in items if not item.is_small]
+        small = [item for item in items if item.is_small]
+        exact = self.small or ExactCodec(block=self.codec.block)
+        sections = [self._section(self.codec, self.gather, coded, cut)]
+        if small:
+            sections.append(self._section(exact, exact, small, cut))
+        return sections
 
-    def encode(self, items: Sequence[Item], layout: Layout, traffic: Traffic) -> Tensor:
+    def encode(self, sections: Sequence[Section], traffic: Traffic) -> Tensor:
         """Every shard's payload, one after the other."""
-        sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
-        send = self.scratch.take("send", sum(sizes), items[0].tensor.device)
+        sizes = self._reduce_sizes(sections)
+        device = next(item.tensor.device for part in sections for item in part.items)
+        send = self.scratch.take("send", sum(sizes), device)
         with timed(traffic, "codec_s"):
-            residuals = [self._residual(item) for item in items]
+            residuals = [[self._residual(item) for item in part.items] for part in sections]
             for rank, slot in enumerate(send.split(sizes)):
-                size = layout.payload_bytes(self.codec, rank)
-                slot[size:].zero_()
-                for index, window in layout.shards[rank]:
-                    item = items[index]
-                    self.codec.encode(
-                        item.tensor,
-                        slot[:size],
-                        window,
-                        residual=residuals[index],
-                        seed=item.seed,
-                    )
+                for part, kept in zip(sections, residuals, strict=True):
+                    payload, slot = _cut(slot, part.layout, part.codec, rank)
+                    for index, window in part.layout.shards[rank]:
+                        item = part.items[index]
+                        part.codec.encode(
+                            item.tensor, payload, window, residual=kept[index], seed=item.seed
+                        )
         return send
 
-    def decode_sent(self, send: Tensor, layout: Layout, tensors: Sequence[Tensor]) -> None:
-        """Write into the tensors what the others will decode of :meth:`encode`."""
-        sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
-        for slot, pieces in zip(send.split(sizes), layout.shards, strict=True):
-            size = sum(window.num_blocks for _, window in pieces)
-            payload = slot[: self.codec.payload_bytes(size)]
-            for index, window in pieces:
-                self.codec.decode(payload, tensors[index], window)
+    def decode_sent(self, send: Tensor, sections: Sequence[Section]) -> None:
+        """Write into the tensors of the first section what others will decode of them."""
+        part = sections[0]
+        for rank, slot in enumerate(send.split(self._reduce_sizes(sections))):
+            payload = slot[: part.layout.payload_bytes(part.codec, rank)]
+            for index, window in part.layout.shards[rank]:
+                part.codec.decode(payload, part.items[index].tensor, window)
 
-    def exchange(self, send: Tensor, layout: Layout, traffic: Traffic) -> Tensor:
+    def exchange(self, send: Tensor, sections: Sequence[Section], traffic: Traffic) -> Tensor:
         """Give every rank its shard's payload; returns those of this rank's, (W, bytes)."""
-        sizes = [layout.slot_bytes(self.codec, rank) for rank in range(self.world_size)]
+        sizes = self._reduce_sizes(sections)
         own = sizes[self.rank]
         received = self.scratch.take_received(own * self.world_size, send.device)
         with timed(traffic, "network_s"):
             exchange_payloads(received, send, own, sizes, self.reduce_group)
-        traffic.reduce_bytes += sum(sizes) - own
+        exact = sum(
+            part.layout.slot_bytes(part.codec, rank)
+            for part in sections
+            for rank in range(self.world_size)
+            if rank != self.rank and isinstance(part.codec, ExactCodec)
+        )
+        traffic.exact_bytes += exact
+        traffic.reduce_bytes += sum(sizes) - own - exact
         return received.view(self.world_size, own)
 
-    def average(self, received: Tensor, layout: Layout, output: Tensor) -> None:
-        """The fp32 mean of this rank's shard, whole blocks."""
-        exact = ExactCodec(block=self.codec.block)
-        self._average_into(received, layout, exact, output.view(torch.uint8))
+    def average(self, received: Tensor, sections: Sequence[Section], outputs: list[Tensor]) -> None:
+        """The fp32 mean of this rank's shard of each section, whole blocks."""
+        for part, output in zip(sections, outputs, strict=True):
+            exact = ExactCodec(block=part.codec.block)
+            received = self._average_into(received, part, exact, output.view(torch.uint8))
 
-    def share(self, received: Tensor, layout: Layout, traffic: Traffic) -> Tensor:
+    def share(self, received: Tensor, sections: Sequence[Section], traffic: Traffic) -> Tensor:
         """Average this rank's shard; returns every rank's mean, encoded, in :meth:`slot_bytes`."""
-        slot = self.slot_bytes(layout)
+        slot = self.slot_bytes(sections)
         own = self.scratch.take("own", slot, received.device)
-        size = layout.payload_bytes(self.gather, self.rank)
         with timed(traffic, "codec_s"):
-            own[size:].zero_()
-            self._average_into(received, layout, self.gather, own[:size])
+            rest = own
+            for part in sections:
+                payload, rest = _cut(rest, part.layout, part.gather, self.rank)
+                received = self._average_into(received, part, part.gather, payload)
+            rest.zero_()
         gathered = self.scratch.take("gathered", slot * self.world_size, received.device)
         with timed(traffic, "network_s"):
             all_gather_single(gathered, own, group=self.gather_group)
-        traffic.gather_bytes += slot * (self.world_size - 1)
+        exact = sum(
+            part.layout.slot_bytes(part.gather, self.rank)
+            for part in sections
+            if isinstance(part.codec, ExactCodec)
+        )
+        traffic.exact_bytes += exact * (self.world_size - 1)
+        traffic.gather_bytes += (slot - exact) * (self.world_size - 1)
         return gathered
 
-    def slot_bytes(self, layout: Layout) -> int:
+    def slot_bytes(self, sections: Sequence[Section]) -> int:
         """What each rank's mean takes in the buffer of :meth:`share`."""
-        return max(layout.slot_bytes(self.gather, rank) for rank in range(self.world_size))
+        return max(
+            sum(part.layout.slot_bytes(part.gather, rank) for part in sections)
+            for rank in range(self.world_size)
+        )
 
-    def decode(self, gathered: Tensor, layout: Layout, tensors: Sequence[Tensor]) -> None:
-        """Write the means of :meth:`share` into the tensors."""
-        slot = self.slot_bytes(layout)
-        for rank, pieces in enumerate(layout.shards):
-            payload = gathered[rank * slot :][: layout.payload_bytes(self.gather, rank)]
-            for index, window in pieces:
-                self.gather.decode(payload, tensors[index], window)
+    def decode(self, gathered: Tensor, sections: Sequence[Section]) -> None:
+        """Write the means of :meth:`share` into the items' tensors."""
+        slot = self.slot_bytes(sections)
+        for rank in range(self.world_size):
+            rest = gathered[rank * slot :][:slot]
+            for part in sections:
+                size = part.layout.slot_bytes(part.gather, rank)
+                payload = rest[: part.layout.payload_bytes(part.gather, rank)]
+                rest = rest[size:]
+                for index, window in part.layout.shards[rank]:
+                    part.gather.decode(payload, part.items[index].tensor, window)
+
+    def _section(
+        self,
+        codec: BlockwiseCodec,
+        gather: BlockwiseCodec,
+        items: Sequence[Item],
+        cut: Callable[[tuple[int, ...], int, int], Layout],
+    ) -> Section:
+        numels = tuple(item.tensor.numel() for item in items)
+        return Section(codec, gather, items, cut(numels, codec.block, self.world_size))
+
+    def _reduce_sizes(self, sections: Sequence[Section]) -> list[int]:
+        return [
+            sum(part.layout.slot_bytes(part.codec, rank) for part in sections)
+            for rank in range(self.world_size)
+        ]
 
     def _residual(self, item: Item) -> Tensor | None:
         if item.residual is None or not self.hold_zeros or not is_zero(item.tensor):
@@ -184,15 +250,27 @@ class Reducer:
         return torch.zeros_like(item.residual)
 
     def _average_into(
-        self, received: Tensor, layout: Layout, codec: BlockwiseCodec, output: Tensor
-    ) -> None:
-        if isinstance(self.codec, ExactCodec):
-            values = received.view(-1).view(torch.float32)
-            rows = values.view(self.world_size, values.numel() // self.world_size)
-            output.view(torch.float32).copy_(rows.sum(dim=0) / self.world_size)
-            return
-        payloads = received[:, : layout.payload_bytes(self.codec, self.rank)]
-        codec.encode_average(payloads, self.codec, output)
+        self, received: Tensor, part: Section, codec: BlockwiseCodec, output: Tensor
+    ) -> Tensor:
+        """Average a section at the beginning of the rows; returns what follows it."""
+        size = part.layout.slot_bytes(part.codec, self.rank)
+        payloads = received[:, : part.layout.payload_bytes(part.codec, self.rank)]
+        if output.numel() == 0:
+            return received
+        if isinstance(part.codec, ExactCodec):
+            mean = payloads.view(torch.float32).sum(dim=0).div_(self.world_size)
+            output.view(torch.float32).copy_(mean)
+        else:
+            codec.encode_average(payloads, part.codec, output)
+        return received[:, size:]
+
+
+def _cut(slot: Tensor, layout: Layout, codec: BlockwiseCodec, rank: int) -> tuple[Tensor, Tensor]:
+    """A section's payload at the beginning of a slot, its padding zeroed, and the rest."""
+    size = layout.payload_bytes(codec, rank)
+    end = layout.slot_bytes(codec, rank)
+    slot[size:end].zero_()
+    return slot[:size], slot[end:]
 
 
 def all_reduce_exact_(tensors: Sequence[Tensor], group: dist.ProcessGroup | None) -> Traffic:

@@ -176,21 +176,24 @@ class Comm:
         if self._world_size == 1 or isinstance(self.codec, NoopCodec):
             return _completed(buffer)
         legs, num_bytes = self._legs, buffer.numel() * buffer.element_size()
-        if self._plain_reason(step):
+        names = [self._bind_one(parameter) for parameter, _ in parts]
+        if self._plain_reason(step) or buffer.dtype not in FLOAT_DTYPES:
             self._dense_bytes += ring_all_reduce_bytes(num_bytes, self._world_size)
             return self._pipeline.submit(lambda: legs.exact([buffer]), lambda _: buffer)
         num_nodes, num_local = len(self._nodes), len(self._nodes[0])
         self._dense_bytes += ring_all_reduce_bytes(num_bytes, num_nodes) // num_local
         rescale = self._loss_scale_change(buffer.device) if step != self._newest_coded else None
         self._newest_coded = step
-        entries = [Entry(self._bind_one(param), grad, param.shape) for param, grad in parts]
-        small = [entry for entry in entries if entry.name in self._exempt]
-        for coded in _runs([entry for entry in entries if entry.name not in self._exempt]):
+        entries = [
+            Entry(name, grad, parameter.shape, is_small=name in self._exempt)
+            for name, (parameter, grad) in zip(names, parts, strict=True)
+        ]
+        for run in _runs(entries):
             future = self._pipeline.submit(
-                functools.partial(legs.reduce, coded, small, step, rescale),
+                functools.partial(legs.reduce, run, step, rescale),
                 functools.partial(legs.gather, buffer),
             )
-            small, rescale = [], None
+            rescale = None
         return future
 
     def average_sparse(

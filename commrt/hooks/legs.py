@@ -11,7 +11,6 @@ from commrt.codecs import Codec, LocoCodec, derive_seed
 from commrt.collectives import Item, Traffic, all_reduce_exact_
 from commrt.hooks.residuals import Residuals
 from commrt.hooks.wiring import Wiring
-from commrt.ops import FLOAT_DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +20,7 @@ class Entry:
     name: str
     grad: Tensor
     shape: torch.Size
+    is_small: bool
 
 
 class Legs:
@@ -61,28 +61,23 @@ class Legs:
         dist.all_reduce(tensor, group=self._wiring.group)
 
     def reduce(
-        self, coded: list[Entry], small: list[Entry], step: int, rescale: Tensor | None
+        self, entries: list[Entry], step: int, rescale: Tensor | None
     ) -> tuple[list[Item], Any]:
-        """First leg: encode and exchange the compressed parameters; average the small ones.
+        """First leg: encode and exchange.
 
         ``rescale``, where a step begins, is how much larger its gradients are than those before.
         """
         if rescale is not None:
             self._residuals.rescale_(rescale)
-        items, received = [self._item(entry, step) for entry in coded], None
-        if items:
-            if isinstance(self._codec, LocoCodec) and self._codec.is_reset(step):
-                self._residuals.reset([entry.name for entry in coded])
-            received = self._wiring.averager.reduce_leg(items, self.reduce_traffic)
-        if small:
-            self._average_small(small, step)
-        return items, received
+        if isinstance(self._codec, LocoCodec) and self._codec.is_reset(step):
+            self._residuals.reset([entry.name for entry in entries])
+        items = [self._item(entry, step) for entry in entries]
+        return items, self._wiring.averager.reduce_leg(items, self.reduce_traffic)
 
     def gather(self, buffer: Tensor, reduced: tuple[list[Item], Any]) -> Tensor:
         """Second leg: average, gather and decode into the bucket, which is returned."""
         items, received = reduced
-        if items:
-            self._wiring.averager.gather_leg(received, items, self.gather_traffic)
+        self._wiring.averager.gather_leg(received, items, self.gather_traffic)
         return buffer
 
     def _item(self, entry: Entry, step: int) -> Item:
@@ -90,19 +85,7 @@ class Legs:
             entry.grad,
             derive_seed(self._seed, self._rank, step, entry.name),
             self._residuals.get(entry.name),
+            entry.is_small,
             entry.shape,
             self._residuals.basis(entry.name),
         )
-
-    def _average_small(self, small: list[Entry], step: int) -> None:
-        averager = self._wiring.small
-        if averager is not None and small[0].grad.dtype in FLOAT_DTYPES:
-            items = [self._item(entry, step) for entry in small]
-            received = averager.reduce_leg(items, self.reduce_traffic)
-            averager.gather_leg(received, items, self.reduce_traffic)
-            return
-        flat = torch.cat([entry.grad for entry in small])
-        self.exact([flat])
-        means = flat.split([entry.grad.numel() for entry in small])
-        for entry, mean in zip(small, means, strict=True):
-            entry.grad.copy_(mean)

@@ -7,7 +7,7 @@ from typing import Self
 import torch
 import torch.distributed as dist
 
-from commrt.codecs import BlockwiseCodec, Codec, ExactCodec, LowRankCodec, parse, with_block
+from commrt.codecs import BlockwiseCodec, Codec, LowRankCodec, parse, with_block
 from commrt.collectives import (
     Averager,
     GroupMaker,
@@ -65,8 +65,7 @@ class Wiring:
 
     Attributes:
         group: All ranks, on the reduce leg.
-        averager: Of the compressed parameters.
-        small: Of the others, on the reduce leg; None: they travel uncompressed.
+        averager: Of the parameters.
 
     Ranks: all of the parent.
     """
@@ -84,17 +83,14 @@ class Wiring:
         self._groups = [whole]
         self.group = whole.reduce
         if isinstance(codecs.codec, LowRankCodec):
-            self.averager = _low_rank(codecs.codec, codecs.gather, whole, hold_zeros)
+            self.averager = _low_rank(codecs.codec, codecs, whole, hold_zeros)
         elif len(nodes[0]) > 1:
             self.averager = self._two_levels(codecs, nodes, maker, hold_zeros)
         else:
             assert isinstance(codecs.codec, BlockwiseCodec)
             self.averager = Reducer(
-                codecs.codec, codecs.gather, whole.reduce, whole.gather, hold_zeros
+                codecs.codec, codecs.gather, whole.reduce, whole.gather, hold_zeros, codecs.small
             )
-        self.small: Averager | None = None
-        if not isinstance(codecs.small, ExactCodec):
-            self.small = Reducer(codecs.small, codecs.small, whole.reduce, whole.reduce)
 
     averager: Averager
 
@@ -113,8 +109,12 @@ class Wiring:
         peers = maker.make([node[local_rank] for node in nodes])
         self._groups += [local, peers]
         return TwoLevelReducer(
-            intra=Reducer(codecs.intra, codecs.gather, local.reduce, local.gather),
-            inter=Reducer(codecs.codec, codecs.gather, peers.reduce, peers.gather, hold_zeros),
+            intra=Reducer(
+                codecs.intra, codecs.gather, local.reduce, local.gather, small=codecs.small
+            ),
+            inter=Reducer(
+                codecs.codec, codecs.gather, peers.reduce, peers.gather, hold_zeros, codecs.small
+            ),
         )
 
 
@@ -124,13 +124,11 @@ def place(nodes: Nodes) -> tuple[Sequence[int], int]:
     return node, node.index(dist.get_rank())
 
 
-def _low_rank(
-    codec: LowRankCodec, gather: BlockwiseCodec, whole: LegGroups, hold_zeros: bool
-) -> Averager:
+def _low_rank(codec: LowRankCodec, codecs: Codecs, whole: LegGroups, hold_zeros: bool) -> Averager:
     basis, values = codec.basis_codec, codec.values_codec
     return LowRankReducer(
         codec,
         basis=Reducer(basis, basis, whole.reduce, whole.reduce),
-        values=Reducer(values, gather, whole.reduce, whole.gather),
+        values=Reducer(values, codecs.gather, whole.reduce, whole.gather, small=codecs.small),
         hold_zeros=hold_zeros,
     )
