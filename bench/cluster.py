@@ -33,6 +33,7 @@ from commrt.training.model import GPT, next_byte_losses
 METHODS = (
     *("noop", "fp32", "fp16", "powersgd:4", "powersgd:8"),
     *("loco8", "loco4", "loco2/block2", "loco1/block1"),
+    *("lowrank8+small=block8", "lowrank16+small=block8"),
 )
 ROOT = Path(__file__).parents[1]
 WARM_STEPS = 3  # of each method at first: DDP's first buckets, PowerSGD's plain steps
@@ -144,7 +145,8 @@ def run_cell(nodes: int, rate: str, args: argparse.Namespace) -> list[dict[str, 
             *("-m", "bench.cluster", "--cell", str(cell), "--methods", *args.methods),
             *("--preset", args.preset, "--batch-size", str(args.batch_size)),
             *("--seq-len", str(args.seq_len), "--rounds", str(args.rounds)),
-            *("--steps", str(args.steps), "--bucket-mb", str(args.bucket_mb)),
+            *("--steps", str(args.steps)),
+            *(("--bucket-mb", str(args.bucket_mb)) if args.bucket_mb else ()),
         ]
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = json.loads(cell.read_text())
@@ -210,8 +212,8 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--preset", default="7m", choices=PRESETS)
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--seq-len", type=int, default=64)
-    parser.add_argument("--bucket-mb", type=float, default=4.0, help="DDP's, PowerSGD's excepted")
+    parser.add_argument("--seq-len", type=int, default=32)
+    parser.add_argument("--bucket-mb", type=float, help="DDP's; PowerSGD has one bucket")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=6, help="of a method in a round")
     parser.add_argument("-o", "--output", type=Path, help="JSON file; the plot goes beside it")
