@@ -27,6 +27,9 @@ import torch.distributed as dist
 
 from bench import harness
 from bench.methods import Method, install
+from commrt.collectives import ring_all_reduce_bytes
+from commrt.plan import parse_rate
+from commrt.testing import interface_bytes
 from commrt.training.config import PRESETS, ModelConfig
 from commrt.training.model import GPT, next_byte_losses
 
@@ -103,18 +106,13 @@ class Job:
 
     def _known_payload(self, num_params: int) -> float:
         """A ring all-reduce's bytes; nothing is known of PowerSGD's."""
-        share = 2 * num_params * (dist.get_world_size() - 1) / dist.get_world_size()
-        return {"fp32": 4 * share, "fp16": 2 * share}.get(self.name, 0.0)
+        num_bytes = {"fp32": 4, "fp16": 2}.get(self.name, 0) * num_params
+        return ring_all_reduce_bytes(num_bytes, dist.get_world_size())
 
 
 def sent_bytes() -> int:
     """Bytes sent over this node's interface so far."""
-    name = os.environ["GLOO_SOCKET_IFNAME"]
-    for line in Path("/proc/net/dev").read_text().splitlines():
-        interface, _, counters = line.partition(":")
-        if interface.strip() == name:
-            return int(counters.split()[8])
-    raise OSError(f"/proc/net/dev lists no interface {name}")
+    return interface_bytes(os.environ["GLOO_SOCKET_IFNAME"])
 
 
 def run_rank(args: argparse.Namespace) -> None:
@@ -170,13 +168,8 @@ def with_limits(rows: Sequence[dict[str, Any]], nodes: int, rate: str) -> list[d
 
 
 def bits_per_s(rate: str) -> float:
-    """Of a rate as tc writes it; infinite for "none"."""
-    if rate == "none":
-        return float("inf")
-    for unit, factor in (("kbit", 1e3), ("mbit", 1e6), ("gbit", 1e9)):
-        if rate.endswith(unit):
-            return float(rate.removesuffix(unit)) * factor
-    raise SystemExit(f"rate is {rate!r}: must be none or a number with kbit, mbit or gbit")
+    """Of a rate as netcluster takes it; infinite for "none"."""
+    return float("inf") if rate == "none" else parse_rate(rate)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -16,10 +16,10 @@ class CommStats:
     Attributes:
         steps: Backward passes that were communicated.
         reduce_bytes: Sent on the reduce leg (gradients to their owners).
-        gather_bytes: Sent on the gather leg (means back to everybody). Both legs count what
-            ``small`` codes, which has one level.
+        gather_bytes: Sent on the gather leg (means back to everybody).
         node_bytes: Sent to ranks of the same node, with a hierarchy; else 0.
-        exact_bytes: Sent by the uncompressed all-reduces, a ring over all ranks.
+        exact_bytes: Sent uncompressed: small parameters, on both legs, and steps that are averaged
+            as plain DDP does, in a ring over all ranks.
         dense_bytes: What a ring all-reduce of the same buckets, uncompressed, sends; with a
             hierarchy, one between nodes, of which each local rank does its share.
         residual_bytes: Memory of the residuals.

@@ -13,17 +13,25 @@ _SENT_AND_RESENT = struct.Struct("=200x2Q")
 def loopback_bytes() -> int:
     """Return the bytes sent over the loopback interface since it came up.
 
+    See `interface_bytes`.
+    """
+    return interface_bytes("lo")
+
+
+def interface_bytes(name: str) -> int:
+    """Return the bytes sent over a network interface since it came up.
+
     Counts headers and packets sent twice, and everyone's traffic: a test that reads it wants a
     network namespace (or a machine) to itself. Otherwise use `tcp_bytes_sent`.
 
     Raises:
-        OSError: /proc/net/dev cannot be read or lists no loopback interface.
+        OSError: /proc/net/dev cannot be read or does not list the interface.
     """
     for line in Path("/proc/net/dev").read_text().splitlines():
-        name, _, counters = line.partition(":")
-        if name.strip() == "lo":
+        interface, _, counters = line.partition(":")
+        if interface.strip() == name:
             return int(counters.split()[8])
-    raise OSError("/proc/net/dev lists no interface lo")
+    raise OSError(f"/proc/net/dev lists no interface {name}")
 
 
 def tcp_bytes_sent() -> int:
