@@ -31,7 +31,10 @@ from commrt.training.model import GPT
 from commrt.training.optimizer import make_optimizer
 from commrt.training.trainer import Trainer
 
-METHODS = ("fp32", "fp16", "powersgd:4", "powersgd:8", "loco4", "loco2/block2", "lowrank8")
+METHODS = (
+    *("fp32", "fp16", "powersgd:4", "powersgd:8", "powersgd:16", "loco4", "loco2/block2"),
+    *("lowrank8+small=block8", "lowrank16+small=block8"),
+)
 COLUMNS = ("method", "goal_s", "speed_up", "steps_to_goal", "step_ms", "best_loss")
 
 
@@ -122,7 +125,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--seq-len", type=int, default=128)
     parser.add_argument("--steps", type=int, default=800, help="of the learning rate schedule")
-    parser.add_argument("--goal-step", type=int, default=600, help="the goal is fp32's loss there")
+    parser.add_argument("--goal-step", type=int, default=500, help="the goal is fp32's loss there")
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--eval-windows", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
