@@ -5,12 +5,14 @@ Every node is a network namespace with one rank; its link is shaped both ways by
 than on a cluster).
 Within a cell, methods take turns, a few steps each, in one run of the ranks. A step is a forward,
 backward and AdamW step of the main job's model; its time is that of the slowest rank. Bytes are
-those of the interface's counter, headers and acknowledgements included.
+those of the interface's counter, headers and acknowledgements included. What ``commrt plan``
+predicts stands beside it, from the cell's own links, codec times and compute alone (``noop``).
 
     python -m bench.cluster --nodes 4 --rates 100mbit none -o bench/results/cluster.json
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -27,8 +29,8 @@ import torch.distributed as dist
 
 from bench import harness
 from bench.methods import Method, install
+from commrt import plan as planning
 from commrt.collectives import ring_all_reduce_bytes
-from commrt.plan import parse_rate
 from commrt.testing import interface_bytes
 from commrt.training.config import PRESETS, ModelConfig
 from commrt.training.model import GPT, next_byte_losses
@@ -37,12 +39,13 @@ METHODS = (
     *("noop", "fp32", "fp16", "powersgd:4", "powersgd:8"),
     *("loco8", "loco4", "loco2/block2", "loco1/block1"),
     *("lowrank8+small=block8", "lowrank16+small=block8"),
+    *("loco4+intra=none", "loco4+intra=block8"),  # where nodes have several ranks
 )
 ROOT = Path(__file__).parents[1]
 WARM_STEPS = 3  # of each method at first: DDP's first buckets, PowerSGD's plain steps
 COLUMNS = (
-    *("nodes", "rate", "method", "step_ms", "p90_ms", "speed_up", "limit_ms", "to_limit"),
-    *("interface_MB", "to_payload"),
+    *("nodes", "ranks", "rate", "method", "step_ms", "p90_ms", "speed_up", "limit_ms", "to_limit"),
+    *("interface_MB", "to_payload", "planned_ms", "plan_error"),
 )
 
 
@@ -80,7 +83,10 @@ class Job:
         self.step()
         dist.barrier()
         sent, paid = sent_bytes(), self._payload()
-        self.durations += [self.step() for _ in range(num_steps)]
+        for _ in range(num_steps):
+            if self.name == "noop":  # whose ranks would not wait for each other
+                dist.barrier()
+            self.durations.append(self.step())
         self.interface_bytes += sent_bytes() - sent
         self.payload_bytes += self._payload() - paid
 
@@ -128,19 +134,49 @@ def run_rank(args: argparse.Namespace) -> None:
             job.measure(args.steps)
     num_params = sum(parameter.numel() for parameter in jobs[0].method.ddp.parameters())
     rows = [job.results(num_params) for job in jobs]
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    inside = planning.measure_link(dist.new_subgroups(local)[0]) if local > 1 else planning.INSIDE
+    found = {
+        "num_params": num_params,
+        "rows": rows,
+        "between": dataclasses.asdict(planning.measure_link()),
+        "inside": dataclasses.asdict(inside),
+        "codec_times": {
+            name: measure_codec_everywhere(planned_name(name))
+            for name in args.methods
+            if planned_name(name)
+        },
+    }
     if dist.get_rank() == 0:
-        args.cell.write_text(json.dumps({"num_params": num_params, "rows": rows}))
+        args.cell.write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_cell(nodes: int, rate: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """All methods on ``nodes`` emulated nodes at one rate."""
+def planned_name(method: str) -> str:
+    """What ``commrt plan`` calls it; empty if it does not know it."""
+    if method in ("noop", "fp16") or method.startswith("powersgd"):
+        return ""
+    return "none" if method == "fp32" else method
+
+
+def measure_codec_everywhere(name: str) -> planning.CodecTimes:
+    """Its times while all ranks are at it, who share cores."""
+    dist.barrier()
+    times = torch.tensor(planning.measure_codec(name, dist.get_world_size()), dtype=torch.float64)
+    dist.all_reduce(times)
+    return planning.CodecTimes(*times.div_(dist.get_world_size()).tolist())
+
+
+def run_cell(nodes: int, ranks: int, rate: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All methods on ``nodes`` emulated nodes with ``ranks`` each, at one rate."""
+    methods = [name for name in args.methods if ranks > 1 or "intra=" not in name]
     with tempfile.TemporaryDirectory() as folder:
         cell = Path(folder, "cell.json")
         command = [
-            *(str(ROOT / "launch/netcluster"), "--nodes", str(nodes), "--rate", rate, "--"),
-            *("-m", "bench.cluster", "--cell", str(cell), "--methods", *args.methods),
+            *(str(ROOT / "launch/netcluster"), "--nodes", str(nodes), "--rate", rate),
+            *("--nproc-per-node", str(ranks), "--"),
+            *("-m", "bench.cluster", "--cell", str(cell), "--methods", *methods),
             *("--preset", args.preset, "--batch-size", str(args.batch_size)),
             *("--seq-len", str(args.seq_len), "--rounds", str(args.rounds)),
             *("--steps", str(args.steps)),
@@ -148,39 +184,76 @@ def run_cell(nodes: int, rate: str, args: argparse.Namespace) -> list[dict[str, 
         ]
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         found = json.loads(cell.read_text())
-    return with_limits(found["rows"], nodes, rate)
-
-
-def with_limits(rows: Sequence[dict[str, Any]], nodes: int, rate: str) -> list[dict[str, Any]]:
-    """Add what is computed from other rows of the cell: the speed-up and the limit."""
+    rows: list[dict[str, Any]] = found["rows"]
     by_method = {row["method"]: row for row in rows}
-    dense = by_method.get("fp32")
     compute_ms = by_method["noop"]["step_ms"] if "noop" in by_method else 0.0
     for row in rows:
-        wire_ms = 8e3 * row["interface_bytes"] / bits_per_s(rate)
-        row |= {"nodes": nodes, "rate": rate, "limit_ms": max(compute_ms, wire_ms)}
-        row["speed_up"] = dense["step_ms"] / row["step_ms"] if dense else float("nan")
-        row["to_limit"] = row["step_ms"] / row["limit_ms"] if row["limit_ms"] else float("nan")
-        row["interface_MB"] = row["interface_bytes"] / 1e6
-        payload = row["payload_bytes"]
-        row["to_payload"] = row["interface_bytes"] / payload if payload else float("nan")
-    return list(rows)
+        row |= {"nodes": nodes, "ranks": ranks, "rate": rate}
+        row |= compare(row, by_method.get("fp32"), compute_ms)
+        if row["method"] in found["codec_times"] and compute_ms:
+            times = planning.CodecTimes(*found["codec_times"][row["method"]])
+            row |= plan(row, found, compute_ms / 1e3, times, args)
+    return rows
+
+
+def compare(
+    row: dict[str, Any], dense: dict[str, Any] | None, compute_ms: float
+) -> dict[str, float]:
+    """What is computed from other rows of the cell: the speed-up and the limit."""
+    limit_ms = max(compute_ms, 8e3 * row["interface_bytes"] / bits_per_s(row["rate"]))
+    nan, payload = float("nan"), row["payload_bytes"] * row["ranks"]
+    return {
+        "speed_up": dense["step_ms"] / row["step_ms"] if dense else nan,
+        "limit_ms": limit_ms,
+        "to_limit": row["step_ms"] / limit_ms if limit_ms else nan,
+        "interface_MB": row["interface_bytes"] / 1e6,
+        "to_payload": row["interface_bytes"] / payload if payload and row["ranks"] == 1 else nan,
+    }
+
+
+def plan(
+    row: dict[str, Any],
+    found: dict[str, Any],
+    compute_s: float,
+    times: planning.CodecTimes,
+    args: argparse.Namespace,
+) -> dict[str, float]:
+    """What ``commrt plan`` says of a row, and by how much that is wrong."""
+    job = planning.Job(
+        num_params=found["num_params"],
+        compute_s=compute_s,
+        nodes=row["nodes"],
+        ranks_per_node=row["ranks"],
+        between=planning.Link(**found["between"]),
+        inside=planning.Link(**found["inside"]),
+        dim=PRESETS[args.preset].dim,
+        **({"bucket_bytes": int(args.bucket_mb * 2**20)} if args.bucket_mb else {}),
+    )
+    planned_ms = 1e3 * planning.predict(job, planned_name(row["method"]), times).step_s
+    return {
+        "planned_ms": planned_ms,
+        "plan_error": planned_ms / row["step_ms"] - 1,
+        "link_mbit_per_s": job.between.bits_per_s / 1e6,
+        "link_latency_us": job.between.latency_s * 1e6,
+        "codec_ms": 1e3 * job.num_params * sum(times),
+    }
 
 
 def bits_per_s(rate: str) -> float:
     """Of a rate as netcluster takes it; infinite for "none"."""
-    return float("inf") if rate == "none" else parse_rate(rate)
+    return float("inf") if rate == "none" else planning.parse_rate(rate)
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Speed-up over fp32 of each method, rate by rate, on the largest number of nodes."""
+    """Speed-up over fp32 of each method, rate by rate, on the most nodes of one rank."""
     import matplotlib as mpl
 
     mpl.use("agg")
     from matplotlib import pyplot
 
+    rows = [row for row in rows if row["ranks"] == 1 and row["method"] != "noop"]
     nodes = max(row["nodes"] for row in rows)
-    rows = [row for row in rows if row["nodes"] == nodes and row["method"] != "noop"]
+    rows = [row for row in rows if row["nodes"] == nodes]
     rates = list(dict.fromkeys(row["rate"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
@@ -200,7 +273,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--nodes", nargs="+", type=int, default=[4])
+    parser.add_argument("--nodes", nargs="+", default=["4"], help="such as 4, or 2x2 ranks")
     parser.add_argument("--rates", nargs="+", default=["100mbit", "200mbit", "1gbit", "none"])
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--preset", default="7m", choices=PRESETS)
@@ -219,7 +292,8 @@ def main() -> None:
     for nodes in args.nodes:
         for rate in args.rates:
             print(f"# {nodes} nodes, {rate}", file=sys.stderr, flush=True)
-            rows += run_cell(nodes, rate, args)
+            count, _, ranks = nodes.partition("x")
+            rows += run_cell(int(count), int(ranks or 1), rate, args)
     harness.print_table(COLUMNS, rows)
     if args.output:
         config = {

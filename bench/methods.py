@@ -5,9 +5,13 @@ fp32                plain DDP
 fp16                torch's fp16_compress_hook
 powersgd:RANK       torch's powerSGD_hook
 CODEC or CODEC/GATHER   commrt.attach, such as loco4 or loco2/block2
+
+Further options of commrt.attach follow a "+": lowrank8+small=block8. With "+intra=CODEC" there are
+two levels.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -38,10 +42,7 @@ def install(
     bucket_cap_mb: float | None = None,
     prepare: Callable[[DistributedDataParallel], None] | None = None,
 ) -> Method:
-    """Wrap the model, prepare it, and register the method. Ranks: all.
-
-    Options of ``commrt.attach`` follow the codec after a ``+``: ``lowrank8+small=block8``.
-    """
+    """Wrap the model, prepare it, and register the method. Ranks: all, started by torchrun."""
     options: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_cap_mb}
     if name.startswith("powersgd:"):
         options["bucket_cap_mb"] = WHOLE_MODEL_MB
@@ -58,6 +59,8 @@ def install(
     elif name != "fp32":
         spec, *pairs = name.split("+")
         codec, _, gather = spec.partition("/")
-        settings = dict(pair.split("=", 1) for pair in pairs)
+        settings: dict[str, Any] = dict(pair.split("=", 1) for pair in pairs)
+        if "intra" in settings:
+            settings["hierarchy"] = int(os.environ["LOCAL_WORLD_SIZE"])
         comm = commrt.attach(ddp, codec, gather or None, seed=seed, **settings)
     return Method(ddp, comm)

@@ -48,15 +48,15 @@ def _parser() -> argparse.ArgumentParser:
 
     plan = commands.add_parser("plan", help="predict step times and recommend a codec")
     plan.set_defaults(command=_plan)
-    plan.add_argument("--rate", required=True, help="of a node's link, such as 1gbit")
-    plan.add_argument("--latency-us", type=float, default=100.0, help="of a message (default: 100)")
-    plan.add_argument("--nodes", type=int, required=True)
-    plan.add_argument("--ranks-per-node", type=int, default=1)
-    plan.add_argument("--inside-rate", default="100gbit", help="of a rank inside its node")
+    plan.add_argument("--rate", help="of a node's link, such as 1gbit; measured under torchrun")
+    plan.add_argument("--latency-us", type=float, help="of a message (default: 100)")
+    plan.add_argument("--nodes", type=int, help="with --rate, else those of torchrun")
+    plan.add_argument("--ranks-per-node", type=int, help="with --rate (default: 1)")
+    plan.add_argument("--inside-rate", help="of a rank inside its node (default: 100gbit)")
     plan.add_argument("--params", type=float, required=True, help="of the model, such as 7e9")
     plan.add_argument("--dim", type=int, help="width of its matrices (default: a guess)")
     plan.add_argument("--compute-ms", type=float, required=True, help="of a step, without sending")
-    plan.add_argument("--methods", nargs="+", help="codecs, CODEC/GATHER, CODEC+INTRA")
+    plan.add_argument("--methods", nargs="+", help="CODEC[/GATHER][+intra=CODEC][+small=CODEC] ...")
     return parser
 
 
@@ -76,7 +76,9 @@ def _compare(options: dict[str, Any]) -> int:
 def _plan(options: dict[str, Any]) -> int:
     from commrt.plan import plan_table
 
-    print(plan_table(**options))
+    text = plan_table(**options)
+    if text:
+        print(text)
     return 0
 
 

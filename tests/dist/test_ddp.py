@@ -6,8 +6,6 @@ for any bucket size and DDP option. What differs from plain DDP: compressed grad
 BOUND of the largest in the first step.
 """
 
-import contextlib
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -18,11 +16,19 @@ from torch import Tensor, nn
 
 import commrt
 from commrt.testing import run_ranks
+from tests.dist.ddp_checks import (
+    BOUND,
+    assert_bad_in_blocks,
+    assert_close,
+    assert_nothing_is_lost,
+    keep_ledger,
+    no_bias,
+    poisoned,
+)
 from tests.dist.small_training import (
     EXEMPT,
     IN,
     OUT,
-    Ledger,
     all_of,
     assert_same_on_all_ranks,
     backward,
@@ -34,24 +40,6 @@ from tests.dist.small_training import (
     weights,
     wrap,
 )
-
-# Half a step of 4 bits in each rank's gradient, 1/14 of its largest element, and half a step of 8
-# bits in the mean, 1/254; scales are rounded up to bfloat16, by 1/128 at most.
-BOUND = (1 / 14 + 1 / 254 * (1 + 1 / 14)) * (1 + 1 / 128)
-
-
-def assert_close(model: nn.Module, run: Callable[[nn.Module], object], atol: float = 1e-8) -> None:
-    """The gradients of a DDP model, just made by ``run`` with empty residuals, are near the mean
-    of the ranks' own, and on all ranks the same.
-    """
-    means, largest = local_gradients(model.module, run)
-    found = gradients(model)
-    assert found.keys() == means.keys()
-    for name, gradient in found.items():
-        error = (gradient.float() - means[name].float()).abs().max()
-        assert error <= BOUND * largest[name].float() + atol, name
-    assert_same_on_all_ranks(*found.values())
-
 
 # -- codec "none" and what is not compressed ------------------------------------------------------
 
@@ -196,12 +184,6 @@ def test_results_do_not_depend_on_buckets() -> None:
     elements are coded at a time.
     """
     run_ranks(buckets_do_not_matter, world_size=2)
-
-
-def no_bias() -> nn.Sequential:
-    torch.manual_seed(0)
-    layers = [nn.Linear(IN, 64, bias=False), nn.Tanh(), nn.Linear(64, 33, bias=False), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(33, OUT, bias=False))
 
 
 def buckets_of_matrices_do_not_matter() -> None:
@@ -391,23 +373,12 @@ def test_kinds_of_models_and_hooks() -> None:
 
 def nothing_is_lost() -> None:
     for codec in ("loco4", "loco2", "loco4:beta=0", "loco8:beta=0.5"):
-        model = wrap(no_bias(), bucket_cap_mb=0.005)
-        ledger = Ledger(model.module, codec)
-        model.register_comm_hook(None, ledger.hook)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        for step in range(30):
-            optimizer.zero_grad()
-            backward(model, step)
-            ledger.end_step()
-            optimizer.step()
-        for name in ledger.given:
-            ledger.check(name)
+        assert_nothing_is_lost(range(30), codec)
 
 
 def nothing_is_lost_of_unused_parameters() -> None:
     model = wrap(TwoBranches(), find_unused_parameters=True)
-    ledger = Ledger(model.module, "loco4")
-    model.register_comm_hook(None, ledger.hook)
+    ledger = keep_ledger(model, "loco4")
     for step in range(20):
         model.module.step = step
         model.zero_grad()
@@ -427,18 +398,6 @@ def wide() -> nn.Sequential:
     return nn.Sequential(nn.Linear(IN, 64), nn.Tanh(), nn.Linear(64, OUT))
 
 
-def poison(values: dict[int, float]) -> Callable[[Tensor], Tensor]:
-    """A hook that puts values at places of a flat gradient."""
-
-    def hook(gradient: Tensor) -> Tensor:
-        poisoned = gradient.clone()
-        for place, value in values.items():
-            poisoned.view(-1)[place] = value
-        return poisoned
-
-    return hook
-
-
 def bad_gradients_stay_in_their_block() -> None:
     model = wrap(wide())
     comm = commrt.attach(model, "loco4:block=64")
@@ -446,21 +405,14 @@ def bad_gradients_stay_in_their_block() -> None:
     backward(model, 0)
     before = comm.state_dict()["residuals"]["0.weight"]
     model.zero_grad()
-    with contextlib.ExitStack() as stack:
-        if dist.get_rank() == 1:
-            for parameter, values in (
-                (weight, {130: torch.nan, 700: torch.inf, 701: -torch.inf}),
-                (bias, {3: torch.nan, 5: torch.inf}),
-            ):
-                stack.callback(parameter.register_hook(poison(values)).remove)
+    values = {130: torch.nan, 700: torch.inf, 701: -torch.inf}
+    with poisoned({weight: values, bias: {3: torch.nan, 5: torch.inf}}):
         backward(model, 1)
     expected = torch.zeros(weight.numel(), dtype=torch.bool)
     expected[128:192] = expected[640:704] = True
-    assert torch.equal(weight.grad.flatten().isnan(), expected)
-    assert torch.equal(weight.grad.flatten().isfinite(), ~expected)
+    assert_bad_in_blocks(model, weight, expected)
     assert bias.grad.isnan().nonzero().flatten().tolist() == [3]
     assert bias.grad.isinf().nonzero().flatten().tolist() == [5]
-    assert model.module[2].weight.grad.isfinite().all()
     assert torch.isfinite(torch.tensor(comm.residual_norm()))
     if dist.get_rank() == 1:
         assert_blocks_kept(before, comm.state_dict()["residuals"]["0.weight"], expected)

@@ -22,15 +22,23 @@ import commrt
 from commrt.collectives import torch_names
 from commrt.errors import ConfigError
 from commrt.testing import run_ranks
+from tests.dist.ddp_checks import (
+    BOUND,
+    assert_bad_in_blocks,
+    assert_close,
+    assert_nothing_is_lost,
+    keep_ledger,
+    no_bias,
+    poisoned,
+    residuals_of,
+)
 from tests.dist.small_training import (
     IN,
     OUT,
-    Ledger,
     all_of,
     assert_same_on_all_ranks,
     backward,
     gradients,
-    local_gradients,
     residual_of,
     same_bits,
     small_model,
@@ -38,7 +46,6 @@ from tests.dist.small_training import (
     weights,
     wrap,
 )
-from tests.dist.test_ddp import BOUND, no_bias, poison
 
 HALF_8_BIT = 1 / 254 * (1 + 1 / 128)
 INTRA_BOUND = BOUND * (1 + HALF_8_BIT) + HALF_8_BIT
@@ -62,10 +69,6 @@ def uneven() -> nn.Sequential:
     return nn.Sequential(*(part for layer in layers for part in (layer, nn.Tanh())))
 
 
-def residuals_of(comm: commrt.Comm) -> dict[str, Tensor]:
-    return comm.state_dict()["residuals"]
-
-
 def weights_and_residuals(model: nn.Module, comm: commrt.Comm) -> Tensor:
     """Weights and this rank's residuals in one tensor."""
     return torch.cat([weights(model), *(part.float() for part in residuals_of(comm).values())])
@@ -74,23 +77,12 @@ def weights_and_residuals(model: nn.Module, comm: commrt.Comm) -> Tensor:
 # -- the mean -------------------------------------------------------------------------------------
 
 
-def assert_near_the_mean(model: nn.Module, bound: float) -> None:
-    """The gradients of the first backward; see assert_close in test_ddp."""
-    backward(model, 0)
-    means, largest = local_gradients(model.module, lambda replica: backward(replica, 0))
-    found = gradients(model)
-    assert found.keys() == means.keys()
-    for name, gradient in found.items():
-        error = (gradient - means[name]).abs().max()
-        assert error <= (bound + 1e-6) * largest[name] + 1e-8, name
-    assert_same_on_all_ranks(*found.values())
-
-
 def the_mean_is_that_of_plain_ddp() -> None:
     for hierarchy, intra, bound in CASES:
         model = wrap(uneven(), bucket_cap_mb=0.005)
         comm = commrt.attach(model, hierarchy=hierarchy, intra=intra, min_numel=1)
-        assert_near_the_mean(model, bound)
+        backward(model, 0)
+        assert_close(model, lambda replica: backward(replica, 0), bound=bound + 1e-6)
         train(model, range(1, 4))
         assert_same_on_all_ranks(weights(model))
         assert comm.residual_norm() > 0.0
@@ -317,24 +309,13 @@ class OneUser(nn.Module):
 
 def nothing_is_lost() -> None:
     for hierarchy in (2, [[0, 2], [1, 3]]):
-        model = wrap(no_bias(), bucket_cap_mb=0.005)
-        ledger = Ledger(model.module, "loco2", hierarchy=hierarchy)
-        model.register_comm_hook(None, ledger.hook)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-        for step in range(20):
-            optimizer.zero_grad()
-            backward(model, step)
-            ledger.end_step()
-            optimizer.step()
-        for name in ledger.given:
-            ledger.check(name)
+        assert_nothing_is_lost(range(20), "loco2", hierarchy=hierarchy)
 
 
 def nothing_is_lost_of_what_one_rank_uses() -> None:
     """Its node sends for it, the other node holds back what it owes, and so do both later."""
     model = wrap(OneUser(), find_unused_parameters=True)
-    ledger = Ledger(model.module, "loco4", hierarchy=2)
-    model.register_comm_hook(None, ledger.hook)
+    ledger = keep_ledger(model, "loco4", hierarchy=2)
     name, residuals = "branches.1.weight", []
     for step in range(14):
         model.module.step = step
@@ -372,16 +353,11 @@ def bad_gradients_stay_in_their_block() -> None:
         backward(model, 0)
         before = residual_of(comm.codec, comm.state_dict(), "0.weight")
         model.zero_grad()
-        with contextlib.ExitStack() as stack:
-            if dist.get_rank() == 1:
-                values = {130: torch.nan, 1700: torch.inf, 1701: -torch.inf}
-                stack.callback(weight.register_hook(poison(values)).remove)
+        with poisoned({weight: {130: torch.nan, 1700: torch.inf, 1701: -torch.inf}}):
             backward(model, 1)
         expected = torch.zeros(weight.numel(), dtype=torch.bool)
         expected[128:192] = expected[1664:1728] = True
-        assert torch.equal(weight.grad.flatten().isnan(), expected)
-        assert torch.equal(weight.grad.flatten().isfinite(), ~expected)
-        assert model.module[2].weight.grad.isfinite().all()
+        assert_bad_in_blocks(model, weight, expected)
         assert torch.isfinite(torch.tensor(comm.residual_norm()))
         after = residual_of(comm.codec, comm.state_dict(), "0.weight")
         begin, end, _ = comm.state_dict()["shards"]["0.weight"]

@@ -44,7 +44,7 @@ def test_low_rank_takes_the_bytes_of_its_factors() -> None:
 def test_two_levels_send_the_bytes_of_one_rank_a_node() -> None:
     two = job(ranks_per_node=8)
     flat = predict(two, "loco4", FREE).wire_bytes
-    levels = predict(two, "loco4+none", FREE).wire_bytes
+    levels = predict(two, "loco4+intra=none", FREE).wire_bytes
     one = predict(job(), "loco4", FREE).wire_bytes
     assert levels == pytest.approx(one)
     assert flat > 2 * levels
@@ -90,7 +90,7 @@ def test_it_says_when_compression_does_not_pay() -> None:
 def test_ten_thousand_nodes_are_counted_quickly() -> None:
     link = Link(bits_per_s=400e9, latency_s=1e-5)
     many = job(nodes=10_000, ranks_per_node=8, num_params=70_000_000_000, between=link)
-    assert predict(many, "loco4+none", FREE).wire_bytes == pytest.approx(
+    assert predict(many, "loco4+intra=none", FREE).wire_bytes == pytest.approx(
         70e9 * (4.125 + 8.125) / 8 + 2 * 280e9 * 0.003, rel=1e-3
     )
 
