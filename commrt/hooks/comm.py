@@ -26,6 +26,7 @@ from commrt.collectives import (
 )
 from commrt.errors import ConfigError
 from commrt.hooks.legs import Entry, Legs
+from commrt.hooks.registry import Registry
 from commrt.hooks.report import CommStats, format_report
 from commrt.hooks.residuals import Residuals, Shard, Unmatched
 from commrt.hooks.state import STATE_VERSION, State, check_own, check_world, find_own
@@ -99,9 +100,7 @@ class Comm:
         """Whether a gradient of zeros may mean a parameter that no rank has used."""
         self._grad_scaler = grad_scaler
         self._loss_scale = torch.ones(())
-        self._names: dict[Tensor, str] = {}
-        self._compressed: dict[str, int] = {}
-        self._exempt: dict[str, tuple[str, int]] = {}
+        self._registry = Registry(self.codec, min_numel)
         self._residuals = Residuals(self.codec)
         self._dense_bytes = 0
         self._steps = 0
@@ -130,9 +129,9 @@ class Comm:
         if self.hierarchy is not None:
             _ = self._nodes
         for name, parameter in named_parameters:
-            self._names[parameter] = name
+            self._registry.name(parameter, name)
             if exempt and name in exempt:
-                self._exempt[name] = (exempt[name], parameter.numel())
+                self._registry.exclude(parameter, exempt[name])
             elif parameter.requires_grad:
                 self._bind_one(parameter)
 
@@ -168,28 +167,24 @@ class Comm:
         Returns:
             Future of ``buffer``.
         """
-        if self._pipeline is None:
-            self.start(buffer.device)
-        assert self._pipeline is not None
-        assert self._legs is not None
-        step, self._steps = self._steps, self._steps + is_last
-        if self._world_size == 1 or isinstance(self.codec, NoopCodec):
+        step, legs, pipeline = self._begin(buffer.device, is_last)
+        if self._is_local:
             return _completed(buffer)
-        legs, num_bytes = self._legs, buffer.numel() * buffer.element_size()
+        num_bytes = buffer.numel() * buffer.element_size()
         names = [self._bind_one(parameter) for parameter, _ in parts]
         if self._plain_reason(step) or buffer.dtype not in FLOAT_DTYPES:
             self._dense_bytes += ring_all_reduce_bytes(num_bytes, self._world_size)
-            return self._pipeline.submit(lambda: legs.exact([buffer]), lambda _: buffer)
+            return pipeline.submit(lambda: legs.exact([buffer]), lambda _: buffer)
         num_nodes, num_local = len(self._nodes), len(self._nodes[0])
         self._dense_bytes += ring_all_reduce_bytes(num_bytes, num_nodes) // num_local
         rescale = self._loss_scale_change(buffer.device) if step != self._newest_coded else None
         self._newest_coded = step
         entries = [
-            Entry(name, grad, parameter.shape, is_small=name in self._exempt)
+            Entry(name, grad, parameter.shape, is_small=name in self._registry.exempt)
             for name, (parameter, grad) in zip(names, parts, strict=True)
         ]
         for run in _runs(entries):
-            future = self._pipeline.submit(
+            future = pipeline.submit(
                 functools.partial(legs.reduce, run, step, rescale),
                 functools.partial(legs.gather, buffer),
             )
@@ -201,19 +196,12 @@ class Comm:
     ) -> Future[Tensor]:
         """As :meth:`average`, for a bucket of one sparse gradient, which travels as it is."""
         for parameter in parameters:
-            name = self._bind_one(parameter)
-            self._exempt[name] = (SPARSE, parameter.numel())
-            self._compressed.pop(name, None)
-            self._residuals.drop(name)
-        if self._pipeline is None:
-            self.start(buffer.device)
-        assert self._pipeline is not None
-        assert self._legs is not None
-        self._steps += is_last
-        if self._world_size == 1 or isinstance(self.codec, NoopCodec):
+            self._registry.exclude(parameter, SPARSE)
+            self._residuals.drop(self._registry.name(parameter))
+        _, legs, pipeline = self._begin(buffer.device, is_last)
+        if self._is_local:
             return _completed(buffer)
-        legs = self._legs
-        return self._pipeline.submit(lambda: legs.sparse(buffer), lambda _: buffer)
+        return pipeline.submit(lambda: legs.sparse(buffer), lambda _: buffer)
 
     def stats(self) -> CommStats:
         """What has been sent so far. Call it between steps."""
@@ -240,8 +228,8 @@ class Comm:
             world_size=dist.get_world_size(self.group) if dist.is_initialized() else 1,
             nodes=None if self.hierarchy is None else self._nodes,
             kernels=ops.status(),
-            num_compressed=sum(self._compressed.values()),
-            exempt=self._exempt,
+            num_compressed=sum(self._registry.compressed.values()),
+            exempt=self._registry.exempt,
             plain_reason=self._plain_reason(self._steps),
         )
 
@@ -345,15 +333,23 @@ class Comm:
         ratio, self._loss_scale = scale / self._loss_scale.to(device), scale
         return None if device.type == "cpu" and ratio == 1 else ratio
 
+    def _begin(self, device: torch.device, is_last: bool) -> tuple[int, Legs, Pipeline]:
+        """The step of a bucket, counted, and what averages it."""
+        if self._pipeline is None:
+            self.start(device)
+        assert self._pipeline is not None
+        assert self._legs is not None
+        step, self._steps = self._steps, self._steps + is_last
+        return step, self._legs, self._pipeline
+
+    @property
+    def _is_local(self) -> bool:
+        return self._world_size == 1 or isinstance(self.codec, NoopCodec)
+
     def _bind_one(self, parameter: Tensor) -> str:
-        name = self._names.setdefault(parameter, f"parameter.{len(self._names)}")
-        if name not in self._exempt and name not in self._compressed:
-            reason = self._exemption(parameter)
-            if reason:
-                self._exempt[name] = (reason, parameter.numel())
-            else:
-                self._compressed[name] = parameter.numel()
-                self._residuals.add(name, parameter, self._shard(parameter.numel()))
+        name = self._registry.name(parameter)
+        if self._registry.admit(parameter):
+            self._residuals.add(name, parameter, self._shard(parameter.numel()))
         return name
 
     def _shard(self, numel: int) -> Shard:
@@ -362,35 +358,14 @@ class Comm:
         node, local_rank = place(self._nodes)
         return Shard(*share_of(numel, self.codec.block, local_rank, len(node)), numel)
 
-    def _exemption(self, parameter: Tensor) -> str:
-        if isinstance(self.codec, ExactCodec):
-            return f"codec is {self.codec.spec}"
-        if parameter.dtype not in FLOAT_DTYPES:
-            return f"dtype {parameter.dtype}"
-        if parameter.numel() == 0:
-            return "empty"
-        if parameter.dim() < 2:
-            return "fewer than 2 dimensions"
-        if parameter.numel() < self.min_numel:
-            return f"fewer than {self.min_numel} elements"
-        if isinstance(self.codec, LowRankCodec) and not self.codec.pays(parameter.shape):
-            return f"factors of rank {self.codec.rank} would not be half as large"
-        return ""
-
     def _settings(self) -> dict[str, str | int | float]:
-        parameters = [
-            (name, parameter.numel())
-            for parameter, name in self._names.items()
-            if name in self._compressed or name in self._exempt
-        ]
         return {
             **self.codecs.specs(),
             "hierarchy": repr(self._nodes) if self.hierarchy is not None else "none",
             "min_numel": self.min_numel,
             "warmup": self.warmup,
             "grad_scaler": self._grad_scaler is not None,
-            "parameters": len(parameters),
-            "layout": derive_seed(repr(parameters)),
+            **self._registry.layout(),
             "payload version": PAYLOAD_VERSION,
             **(self._arithmetic() if isinstance(self.codec, LowRankCodec) else {}),
         }
