@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from commrt.codecs import BlockwiseCodec, Codec, ExactCodec, LowRankCodec, parse, with_block
+from commrt.collectives import check_gather
 from commrt.errors import ConfigError
 
 MIB = 1 << 20
@@ -134,12 +135,10 @@ class Method(NamedTuple):
             if name not in ("intra", "small"):
                 raise ConfigError(f"{pair!r} in {text!r}: must be intra=CODEC or small=CODEC")
             options[name] = value
-        found: dict[str, BlockwiseCodec] = {}
-        for name, value in options.items():
-            other = with_block(value, codec.block)
-            if not isinstance(other, BlockwiseCodec):
-                raise ConfigError(f"{name}={value!r} in {text!r}: must be 'none' or a block codec")
-            found[name] = other
+        found = {
+            name: check_gather(codec, with_block(value, codec.block), name)
+            for name, value in options.items()
+        }
         return cls(codec, found["gather"], found.get("intra"), found["small"])
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,6 +189,27 @@ def test_options_of_torchrun(start: Start) -> None:
     output, _ = run.communicate(timeout=TIMEOUT_S)
     assert run.returncode == 1
     assert output == "".join(f"attempt {i} ['--nodes', 'two words']\n" for i in range(2))
+
+
+def test_plan_measures_the_links(start: Start) -> None:
+    """Inside a node and between nodes. A shaped link cannot be faster than it is, and over it
+    codecs pay.
+    """
+    job = ["--params", "7e6", "--compute-ms", "10", "--methods", "loco4", "loco4+intra=none"]
+    ranks = ["--nodes", "2", "--nproc-per-node", "2", "--rate", "20mbit"]
+    output, errors = start(*ranks, "--", "-m", "commrt", "plan", *job).communicate(
+        timeout=TIMEOUT_S
+    )
+    first, *lines = output.splitlines()
+    assert first.startswith("measured: 2 nodes with 2 ranks each, "), errors
+    between, inside = (
+        float(rate.replace(",", "")) for rate in re.findall(r"([0-9,]+) Mbit", first)
+    )
+    assert 5 < between < 21 < inside
+    assert [line.split()[0] for line in lines] == [
+        *("method", "none", "loco4", "loco4+intra=none", "use"),
+    ]
+    assert lines[-1].startswith("use loco4+intra=none: ")
 
 
 def test_ctrl_c_writes_a_checkpoint(start: Start, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "optim": COLLECTIVES,
     "federated": COLLECTIVES,
     "testing": COLLECTIVES,
-    "plan": CODECS,
+    "plan": COLLECTIVES,
     "training": PILLARS | {"__init__"},
     "integrations": PILLARS | {"__init__"},
     "__main__": ALL,

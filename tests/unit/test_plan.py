@@ -137,3 +137,23 @@ def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert "rate is 'fast'" in capsys.readouterr().err
     assert main([*options, "--rate", "1gbit", "--methods", "loco3"]) == 2
     assert "has 3 bits" in capsys.readouterr().err
+    assert main([*options, "--rate", "1gbit", "--methods", "loco4+block8"]) == 2
+    assert (
+        "'block8' in 'loco4+block8': must be intra=CODEC or small=CODEC" in capsys.readouterr().err
+    )
+    assert main([*options, "--rate", "1gbit", "--methods", "loco4+small=loco4"]) == 2
+    assert "small='loco4:" in capsys.readouterr().err
+
+
+def test_links_are_given_or_measured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_options = ["plan", "--params", "7.2e6", "--compute-ms", "100"]
+    for options, message in (
+        (["--rate", "1gbit"], "nodes is not given"),
+        (["--nodes", "4"], "given together, or all measured"),
+        ([], "or run under torchrun with 2 ranks or more"),
+    ):
+        monkeypatch.delenv("WORLD_SIZE", raising=False)
+        assert main([*job_options, *options]) == 2
+        assert message in capsys.readouterr().err
