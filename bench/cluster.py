@@ -4,7 +4,8 @@ Every node is a network namespace with one rank; its link is shaped both ways by
 ``launch/netcluster`` (emulated: nodes share this machine's cores, so compute is slower and noisier
 than on a cluster).
 Within a cell, methods take turns, a few steps each, in one run of the ranks. A step is a forward,
-backward and AdamW step of the main job's model; its time is that of the slowest rank. Bytes are
+backward and AdamW step of the main job's model; it lasts from when the last rank begins it to when
+the last rank ends it, which in a run without pauses is the time a step takes. Bytes are
 those of the interface's counter, headers and acknowledgements included. What ``commrt plan``
 predicts stands beside it, from the cell's own links, codec times and compute alone (``noop``).
 
@@ -12,7 +13,6 @@ predicts stands beside it, from the cell's own links, codec times and compute al
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import statistics
@@ -54,7 +54,8 @@ class Job:
 
     def __init__(self, name: str, args: argparse.Namespace) -> None:
         self.name = name
-        self.durations: list[float] = []
+        self.begins: list[float] = []
+        self.ends: list[float] = []
         self.interface_bytes = self.payload_bytes = 0
         preset = PRESETS[args.preset]
         config = ModelConfig(
@@ -71,12 +72,10 @@ class Job:
         text = torch.randint(0, 256, shape, generator=generator)
         self.inputs, self.targets = text[:, :-1], text[:, 1:]
 
-    def step(self) -> float:
-        began = time.perf_counter()
+    def step(self) -> None:
         next_byte_losses(self.method.ddp(self.inputs), self.targets).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        return time.perf_counter() - began
 
     def measure(self, num_steps: int) -> None:
         """Take steps; the first, which may wait for ranks that begin late, is not counted."""
@@ -86,7 +85,9 @@ class Job:
         for _ in range(num_steps):
             if self.name == "noop":  # whose ranks would not wait for each other
                 dist.barrier()
-            self.durations.append(self.step())
+            self.begins.append(time.monotonic())
+            self.step()
+            self.ends.append(time.monotonic())
         self.interface_bytes += sent_bytes() - sent
         self.payload_bytes += self._payload() - paid
 
@@ -94,19 +95,23 @@ class Job:
         return self.method.comm.stats().wire_bytes if self.method.comm else 0
 
     def results(self, num_params: int) -> dict[str, Any]:
-        """Over all ranks: the slowest one's durations, the busiest interface's bytes a step."""
-        own = [*self.durations, float(self.interface_bytes), float(self.payload_bytes)]
-        most = torch.tensor(own, dtype=torch.float64)
-        dist.all_reduce(most, op=dist.ReduceOp.MAX)
-        *durations, interface, payload = most.tolist()
-        steps = len(durations)
-        payload = payload or self._known_payload(num_params) * steps
+        """Over all ranks, which have one clock: the busiest interface's bytes, the last rank's
+        times.
+        """
+        begins, ends, sums = (
+            torch.tensor(values, dtype=torch.float64)
+            for values in (self.begins, self.ends, (self.interface_bytes, self.payload_bytes))
+        )
+        for values in (begins, ends, sums):
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        durations, steps = (ends - begins).tolist(), len(ends)
+        interface, payload = (sums / steps).tolist()
         return {
             "method": self.name,
             "step_ms": 1e3 * statistics.median(durations),
             "p90_ms": 1e3 * statistics.quantiles(durations, n=10)[-1],
-            "interface_bytes": interface / steps,
-            "payload_bytes": payload / steps,
+            "interface_bytes": interface,
+            "payload_bytes": payload or self._known_payload(num_params),
             "durations_ms": [round(1e3 * duration, 3) for duration in durations],
         }
 
@@ -134,23 +139,43 @@ def run_rank(args: argparse.Namespace) -> None:
             job.measure(args.steps)
     num_params = sum(parameter.numel() for parameter in jobs[0].method.ddp.parameters())
     rows = [job.results(num_params) for job in jobs]
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    inside = planning.measure_link(dist.new_subgroups(local)[0]) if local > 1 else planning.INSIDE
-    found = {
-        "num_params": num_params,
-        "rows": rows,
-        "between": dataclasses.asdict(planning.measure_link()),
-        "inside": dataclasses.asdict(inside),
-        "codec_times": {
-            name: measure_codec_everywhere(planned_name(name))
-            for name in args.methods
-            if planned_name(name)
-        },
-    }
+    add_plan(rows, num_params, args)
     if dist.get_rank() == 0:
-        args.cell.write_text(json.dumps(found))
+        args.cell.write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespace) -> None:
+    """Add what ``commrt plan`` predicts, and by how much that is wrong. Ranks: all."""
+    local = int(os.environ["LOCAL_WORLD_SIZE"])
+    inside = planning.measure_link(dist.new_subgroups(local)[0]) if local > 1 else planning.INSIDE
+    bucket = {"bucket_bytes": int(args.bucket_mb * 2**20)} if args.bucket_mb else {}
+    compute_ms = next((row["step_ms"] for row in rows if row["method"] == "noop"), None)
+    job = planning.Job(
+        num_params=num_params,
+        compute_s=(compute_ms or 0.0) / 1e3,
+        nodes=dist.get_world_size() // local,
+        ranks_per_node=local,
+        between=planning.measure_link(),
+        inside=inside,
+        dim=PRESETS[args.preset].dim,
+        **bucket,
+    )
+    for row in rows:
+        row |= dict.fromkeys(("planned_ms", "plan_error"), float("nan"))
+        name = planned_name(row["method"])
+        if not name or compute_ms is None:
+            continue
+        times = measure_codec_everywhere(name, job)
+        planned_ms = 1e3 * planning.predict(job, name, times).step_s
+        row |= {
+            "planned_ms": planned_ms,
+            "plan_error": planned_ms / row["step_ms"] - 1,
+            "link_mbit_per_s": job.between.bits_per_s / 1e6,
+            "link_latency_us": job.between.latency_s * 1e6,
+            "codec_ms": 1e3 * num_params * sum(times),
+        }
 
 
 def planned_name(method: str) -> str:
@@ -160,10 +185,10 @@ def planned_name(method: str) -> str:
     return "none" if method == "fp32" else method
 
 
-def measure_codec_everywhere(name: str) -> planning.CodecTimes:
+def measure_codec_everywhere(name: str, job: planning.Job) -> planning.CodecTimes:
     """Its times while all ranks are at it, who share cores."""
     dist.barrier()
-    times = torch.tensor(planning.measure_codec(name, dist.get_world_size()), dtype=torch.float64)
+    times = torch.tensor(planning.measure_codec(name, job), dtype=torch.float64)
     dist.all_reduce(times)
     return planning.CodecTimes(*times.div_(dist.get_world_size()).tolist())
 
@@ -183,16 +208,12 @@ def run_cell(nodes: int, ranks: int, rate: str, args: argparse.Namespace) -> lis
             *(("--bucket-mb", str(args.bucket_mb)) if args.bucket_mb else ()),
         ]
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        found = json.loads(cell.read_text())
-    rows: list[dict[str, Any]] = found["rows"]
+        rows: list[dict[str, Any]] = json.loads(cell.read_text())
     by_method = {row["method"]: row for row in rows}
     compute_ms = by_method["noop"]["step_ms"] if "noop" in by_method else 0.0
     for row in rows:
         row |= {"nodes": nodes, "ranks": ranks, "rate": rate}
         row |= compare(row, by_method.get("fp32"), compute_ms)
-        if row["method"] in found["codec_times"] and compute_ms:
-            times = planning.CodecTimes(*found["codec_times"][row["method"]])
-            row |= plan(row, found, compute_ms / 1e3, times, args)
     return rows
 
 
@@ -208,34 +229,6 @@ def compare(
         "to_limit": row["step_ms"] / limit_ms if limit_ms else nan,
         "interface_MB": row["interface_bytes"] / 1e6,
         "to_payload": row["interface_bytes"] / payload if payload and row["ranks"] == 1 else nan,
-    }
-
-
-def plan(
-    row: dict[str, Any],
-    found: dict[str, Any],
-    compute_s: float,
-    times: planning.CodecTimes,
-    args: argparse.Namespace,
-) -> dict[str, float]:
-    """What ``commrt plan`` says of a row, and by how much that is wrong."""
-    job = planning.Job(
-        num_params=found["num_params"],
-        compute_s=compute_s,
-        nodes=row["nodes"],
-        ranks_per_node=row["ranks"],
-        between=planning.Link(**found["between"]),
-        inside=planning.Link(**found["inside"]),
-        dim=PRESETS[args.preset].dim,
-        **({"bucket_bytes": int(args.bucket_mb * 2**20)} if args.bucket_mb else {}),
-    )
-    planned_ms = 1e3 * planning.predict(job, planned_name(row["method"]), times).step_s
-    return {
-        "planned_ms": planned_ms,
-        "plan_error": planned_ms / row["step_ms"] - 1,
-        "link_mbit_per_s": job.between.bits_per_s / 1e6,
-        "link_latency_us": job.between.latency_s * 1e6,
-        "codec_ms": 1e3 * job.num_params * sum(times),
     }
 
 
@@ -294,12 +287,12 @@ def main() -> None:
             print(f"# {nodes} nodes, {rate}", file=sys.stderr, flush=True)
             count, _, ranks = nodes.partition("x")
             rows += run_cell(int(count), int(ranks or 1), rate, args)
+            if args.output:
+                hidden = ("output", "cell")
+                config = {name: value for name, value in vars(args).items() if name not in hidden}
+                harness.save(args.output, config=config, results=rows)
     harness.print_table(COLUMNS, rows)
     if args.output:
-        config = {
-            name: value for name, value in vars(args).items() if name not in ("output", "cell")
-        }
-        harness.save(args.output, config=config, results=rows)
         plot(rows, args.output.with_suffix(".png"))
 
 

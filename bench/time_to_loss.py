@@ -5,7 +5,12 @@ Each method trains the main job from the same start with the same schedule on em
 a method's time is the sum of its step times until its own curve, straight between validations,
 is there. Validations are not counted. Finished runs in ``--runs`` are kept.
 
+Losses do not depend on the link. So a second rate needs no second training: with ``--losses-of`` a
+method that was trained at that rate only takes ``--timed-steps`` at this one, and its curve is
+stretched by the median step; the losses of both are compared as far as they go.
+
     python -m bench.time_to_loss --rate 100mbit -o bench/results/time_to_loss_100mbit.json
+    python -m bench.time_to_loss --rate 1gbit --losses-of 100mbit -o ...
 """
 
 import argparse
@@ -35,7 +40,7 @@ METHODS = (
     *("fp32", "fp16", "powersgd:4", "powersgd:8", "powersgd:16", "loco4", "loco2/block2"),
     *("lowrank8+small=block8", "lowrank16+small=block8"),
 )
-COLUMNS = ("method", "goal_s", "speed_up", "steps_to_goal", "step_ms", "best_loss")
+COLUMNS = ("method", "goal_s", "speed_up", "steps_to_goal", "step_ms", "best_loss", "trained_at")
 
 
 class MethodTrainer(Trainer):
@@ -89,9 +94,32 @@ def run_rank(args: argparse.Namespace) -> None:
 
 
 def train(method: str, goal: float, last_step: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One method's curve: of this run, or of an earlier one."""
-    name = f"{args.rate}-{method}-seed{args.seed}".replace("/", "_").replace(":", "_")
-    curve = args.runs / f"{name}.json"
+    """One method's curve: of this run, of an earlier one, or of one at another rate."""
+    known = run_file(args.losses_of, method, args)
+    if run_file(args.rate, method, args).exists() or not known.exists():
+        found = run_cluster(run_file(args.rate, method, args), method, goal, last_step, args)
+        return {"method": method, "trained_at": args.rate, **found}
+    name = run_file(f"{args.rate}-timed", method, args)
+    timed = run_cluster(name, method, 0.0, args.timed_steps, args)
+    losses = {step: loss for step, _, loss in timed["curve"]}
+    curve = [(step, loss) for step, _, loss in json.loads(known.read_text())["curve"]]
+    if any(losses.get(step, loss) != loss for step, loss in curve):
+        raise SystemExit(f"{method} has other losses at {args.rate} than at {args.losses_of}")
+    stretched = [(step, 1e-3 * timed["step_ms"] * step, loss) for step, loss in curve]
+    return {"method": method, "trained_at": args.losses_of, **timed, "curve": stretched}
+
+
+def run_file(rate: str | None, method: str, args: argparse.Namespace) -> Path:
+    """Where a method's curve at a rate is kept."""
+    name = f"{rate}-{method}-seed{args.seed}".replace("/", "_").replace(":", "_")
+    folder: Path = args.runs
+    return folder / f"{name}.json"
+
+
+def run_cluster(
+    curve: Path, method: str, goal: float, last_step: int, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Trains on the emulated nodes, unless the file is there; returns what is in it."""
     if not curve.exists():
         args.runs.mkdir(parents=True, exist_ok=True)
         options = ("preset", "steps", "batch_size", "seq_len", "eval_every", "eval_windows", "seed")
@@ -103,7 +131,8 @@ def train(method: str, goal: float, last_step: int, args: argparse.Namespace) ->
         for option in options:
             command += [f"--{option.replace('_', '-')}", str(getattr(args, option))]
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return {"method": method, **json.loads(curve.read_text())}
+    found: dict[str, Any] = json.loads(curve.read_text())
+    return found
 
 
 def reach(curve: Sequence[tuple[int, float, float]], goal: float) -> tuple[float, float]:
@@ -119,6 +148,8 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rate", default="100mbit")
+    parser.add_argument("--losses-of", metavar="RATE", help="whose runs have the losses already")
+    parser.add_argument("--timed-steps", type=int, default=50)
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--preset", default="7m")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec, Window, orthonormal
-from commrt.plan.model import GRADIENT_BYTES, MIB, CodecTimes, Link, Method, ring
+from commrt.plan.model import GRADIENT_BYTES, MIB, CodecTimes, Job, Link, Method, ring
 
 LONG_S = 0.5  # of an all-reduce that shows the rate, rather than the start, of a link
 MOST_BYTES = 256 * MIB
@@ -48,8 +47,13 @@ def measure_link(
     )
 
 
-def measure_codec(method: str, world_size: int, numel: int = 2 * MIB) -> CodecTimes:
+def measure_codec(method: str, job: Job, numel: int = 2 * MIB) -> CodecTimes:
     """Times of a method's codec on one thread of this machine.
+
+    Args:
+        method: See :func:`predict`.
+        job: Whose number of ranks and width of matrices it is for.
+        numel: Elements to code.
 
     Raises:
         ConfigError: There is no such method.
@@ -58,9 +62,9 @@ def measure_codec(method: str, world_size: int, numel: int = 2 * MIB) -> CodecTi
     if isinstance(codec, ExactCodec):
         return CodecTimes(0.0, 0.0)
     if isinstance(codec, LowRankCodec):
-        return _measure_low_rank(codec, numel)
+        return _measure_low_rank(codec, round(job.width), numel)
     assert isinstance(codec, BlockwiseCodec)
-    shards = min(world_size, 8)
+    shards = min(job.nodes * job.ranks_per_node, 8)
     window = Window(0, codec.num_blocks(numel), 0)
     gradient = torch.randn(numel)
     residual = torch.zeros(codec.residual_bytes(numel), dtype=torch.uint8)
@@ -74,21 +78,27 @@ def measure_codec(method: str, world_size: int, numel: int = 2 * MIB) -> CodecTi
     return CodecTimes(encode_s / numel, (average_s + decode_s) / numel)
 
 
-def _measure_low_rank(codec: LowRankCodec, numel: int) -> CodecTimes:
-    width = math.isqrt(numel)
-    matrix, basis = torch.randn(width, width), torch.randn(codec.rank, width)
+def _measure_low_rank(codec: LowRankCodec, width: int, numel: int) -> CodecTimes:
+    """What LowRankReducer does with square matrices, but for coding their factors."""
+    count = max(1, numel // width**2)
+    matrices = torch.randn(count, width, width).unbind()
+    bases = torch.randn(count, codec.rank, width).unbind()
+    residuals = torch.zeros(count, codec.residual_bytes(width**2), dtype=torch.uint8).unbind()
 
     def before() -> None:
-        error = torch.empty(width * width)
-        residual = torch.zeros(codec.residual_bytes(error.numel()), dtype=torch.uint8)
-        codec.decode_residual(residual, error)
-        values = orthonormal(basis @ matrix.add_(error.view_as(matrix)).T) @ matrix
-        codec.encode_residual(torch.addmm(matrix, basis.T, values).flatten(), residual, 0)
+        for matrix, basis, residual in zip(matrices, bases, residuals, strict=True):
+            error = torch.empty(width**2)
+            codec.decode_residual(residual, error)
+            values = orthonormal(basis @ matrix.add_(error.view_as(matrix)).T) @ matrix
+            matrix.addmm_(basis.T, values, alpha=-1)
+            codec.encode_residual(matrix.flatten(), residual, 0)
 
     def after() -> None:
-        matrix.copy_(orthonormal(basis).T @ basis)
+        for matrix, basis in zip(matrices, bases, strict=True):
+            torch.mm(orthonormal(basis).T, basis, out=matrix)
 
-    return CodecTimes(_median_s(before) / numel, _median_s(after) / numel)
+    elements = count * width**2
+    return CodecTimes(_median_s(before) / elements, _median_s(after) / elements)
 
 
 def _median_s(work: Callable[[], object], repeats: int = 7) -> float:

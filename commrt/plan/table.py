@@ -75,8 +75,7 @@ def plan_table(
 def _rows(job: Job, methods: Sequence[str] | None) -> list[str]:
     two_levels = TWO_LEVELS if job.ranks_per_node > 1 and job.nodes > 1 else ()
     names = list(dict.fromkeys(("none", *(methods or (*CANDIDATES, *two_levels)))))
-    world_size = job.nodes * job.ranks_per_node
-    found = [predict(job, name, measure_codec(name, world_size)) for name in names]
+    found = [predict(job, name, measure_codec(name, job)) for name in names]
     best, reason = recommend(found)
     width = max(map(len, names))
     lines = [f"{'method':{width}} {'step':>10} {'to fp32':>8} {'MB a node and step':>19}"]
