@@ -1,9 +1,10 @@
 """Wall time on a slow link until the main job reaches a loss, method against method.
 
 Each method trains the main job from the same start with the same schedule on emulated nodes
-(``launch/netcluster``). The goal is the validation loss that fp32 has after ``--goal-step`` steps;
-a method's time is the sum of its step times until its own curve, straight between validations,
-is there. Validations are not counted. Finished runs in ``--runs`` are kept.
+(``launch/netcluster``). The goal is the validation loss that fp32 has after ``--goal-step`` steps,
+the mean of three validations; a method's time is the sum of its step times until its own curve,
+straight between validations, is there. Validations are not counted. Finished runs in ``--runs`` are
+kept.
 
 Losses do not depend on the link. So a second rate needs no second training: with ``--losses-of`` a
 method that was trained at that rate only takes ``--timed-steps`` at this one, and its curve is
@@ -16,6 +17,7 @@ stretched by the median step; the losses of both are compared as far as they go.
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -75,7 +77,7 @@ def run_rank(args: argparse.Namespace) -> None:
     trainer = MethodTrainer(args.methods[0], config, load_corpus(None))
     seconds, durations = 0.0, []
     curve = [(0, 0.0, trainer.validate())]
-    while trainer.step < args.last_step and curve[-1][2] > args.goal:
+    while trainer.step < args.last_step and smooth(curve)[-1][2] > args.goal:
         dist.barrier()
         began = time.perf_counter()
         for _ in range(args.eval_every):
@@ -135,9 +137,17 @@ def run_cluster(
     return found
 
 
-def reach(curve: Sequence[tuple[int, float, float]], goal: float) -> tuple[float, float]:
-    """Steps and seconds at which a curve first is at the goal; not a number if it never is."""
-    for (step, seconds, loss), (next_step, next_seconds, next_loss) in pairwise(curve):
+def smooth(curve: Sequence[Sequence[float]]) -> list[tuple[float, float, float]]:
+    """Each loss averaged with the two before it."""
+    return [
+        (step, seconds, statistics.fmean(row[2] for row in curve[max(0, index - 2) : index + 1]))
+        for index, (step, seconds, _) in enumerate(curve)
+    ]
+
+
+def reach(curve: Sequence[Sequence[float]], goal: float) -> tuple[float, float]:
+    """Steps and seconds at which a smoothed curve first is at the goal; not a number if never."""
+    for (step, seconds, loss), (next_step, next_seconds, next_loss) in pairwise(smooth(curve)):
         if next_loss <= goal:
             share = (loss - goal) / (loss - next_loss)
             return step + share * (next_step - step), seconds + share * (next_seconds - seconds)
@@ -154,9 +164,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--preset", default="7m")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--seq-len", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=64)
     parser.add_argument("--steps", type=int, default=800, help="of the learning rate schedule")
-    parser.add_argument("--goal-step", type=int, default=500, help="the goal is fp32's loss there")
+    parser.add_argument("--goal-step", type=int, default=600, help="the goal is fp32's loss there")
     parser.add_argument("--eval-every", type=int, default=25)
     parser.add_argument("--eval-windows", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
@@ -170,13 +180,12 @@ def main() -> None:
         run_rank(args)
         return
     dense = train("fp32", 0.0, args.goal_step, args)
-    goal = dense["curve"][-1][2]
+    goal = smooth(dense["curve"])[-1][2]
     rows = [dense]
     rows += [train(name, goal, args.steps, args) for name in args.methods if name != "fp32"]
-    dense_s = dense["curve"][-1][1]
     for row in rows:
         row["steps_to_goal"], row["goal_s"] = reach(row["curve"], goal)
-        row["speed_up"] = dense_s / row["goal_s"]
+        row["speed_up"] = dense["goal_s"] / row["goal_s"]
         row["best_loss"] = min(loss for _, _, loss in row["curve"])
     print(f"# goal: {goal:.4f} nats a byte, fp32's after {args.goal_step} steps")
     harness.print_table(COLUMNS, rows)
