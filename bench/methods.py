@@ -1,6 +1,7 @@
 """What a user of DDP could register, by name: torch's own hooks and commrt's codecs.
 
 noop                local gradients: compute alone
+empty               local gradients, for which ranks wait bucket by bucket, as LoCo's two legs do
 fp32                plain DDP
 fp16                torch's fp16_compress_hook
 powersgd:RANK       torch's powerSGD_hook
@@ -15,12 +16,15 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 
 import commrt
+from commrt.collectives import ThreadPipeline
 
 # One bucket: with more, torch's PowerSGD aborts on gloo.
 WHOLE_MODEL_MB = 1 << 20
@@ -32,6 +36,24 @@ class Method:
 
     ddp: DistributedDataParallel
     comm: commrt.Comm | None
+
+
+class EmptyLegs:
+    """The two legs of a bucket without their messages: what waiting for each other takes."""
+
+    def __init__(self) -> None:
+        self._groups = dist.new_group(), dist.new_group()
+        self._pipeline = ThreadPipeline()
+
+    def hook(self, _: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        reduce_group, gather_group = self._groups
+        buffer = bucket.buffer()
+
+        def gather(_: object) -> Tensor:
+            dist.barrier(gather_group)
+            return buffer
+
+        return self._pipeline.submit(lambda: dist.barrier(reduce_group), gather)
 
 
 def install(
@@ -56,6 +78,8 @@ def install(
         rank = int(name.removeprefix("powersgd:"))
         state = PowerSGDState(None, matrix_approximation_rank=rank, start_powerSGD_iter=2)
         ddp.register_comm_hook(state, powerSGD_hook)
+    elif name == "empty":
+        ddp.register_comm_hook(None, EmptyLegs().hook)
     elif name != "fp32":
         spec, *pairs = name.split("+")
         codec, _, gather = spec.partition("/")
