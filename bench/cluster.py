@@ -7,12 +7,15 @@ Within a cell, methods take turns, a few steps each, in one run of the ranks. A 
 backward and AdamW step of the main job's model; it lasts from when the last rank begins it to when
 the last rank ends it, which in a run without pauses is the time a step takes. Bytes are
 those of the interface's counter, headers and acknowledgements included. What ``commrt plan``
-predicts stands beside it, from the cell's own links, codec times and compute alone (``noop``).
+predicts stands beside it, from the cell's own links, codec times and compute. Where ranks share
+cores, compute alone (``noop``) says too little: the model is given that of ranks that wait for each
+other bucket by bucket (``empty``).
 
     python -m bench.cluster --nodes 4 --rates 100mbit none -o bench/results/cluster.json
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import statistics
@@ -28,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from bench import harness
-from bench.methods import Method, install
+from bench.methods import Method, bucket_cap_mb, install
 from commrt import plan as planning
 from commrt.collectives import ring_all_reduce_bytes
 from commrt.testing import interface_bytes
@@ -36,11 +39,12 @@ from commrt.training.config import PRESETS, ModelConfig
 from commrt.training.model import GPT, next_byte_losses
 
 METHODS = (
-    *("noop", "fp32", "fp16", "powersgd:4", "powersgd:8"),
+    *("noop", "empty", "fp32", "fp16", "powersgd:4", "powersgd:8"),
     *("loco8", "loco4", "loco2/block2", "loco1/block1"),
     *("lowrank8+small=block8", "lowrank16+small=block8"),
     *("loco4+intra=none", "loco4+intra=block8"),  # where nodes have several ranks
 )
+PROBES = ("noop", "empty")
 ROOT = Path(__file__).parents[1]
 WARM_STEPS = 3  # of each method at first: DDP's first buckets, PowerSGD's plain steps
 COLUMNS = (
@@ -65,7 +69,7 @@ class Job:
             seq_len=args.seq_len,
         )
         torch.manual_seed(0)
-        self.method: Method = install(name, GPT(config), bucket_cap_mb=args.bucket_mb)
+        self.method: Method = install(name, GPT(config), bucket_mb=args.bucket_mb)
         self.optimizer = torch.optim.AdamW(self.method.ddp.parameters(), lr=1e-3, fused=True)
         generator = torch.Generator().manual_seed(dist.get_rank())
         shape = args.batch_size, args.seq_len + 1
@@ -150,8 +154,7 @@ def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespa
     """Add what ``commrt plan`` predicts, and by how much that is wrong. Ranks: all."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
     inside = planning.measure_link(dist.new_subgroups(local)[0]) if local > 1 else planning.INSIDE
-    bucket = {"bucket_bytes": int(args.bucket_mb * 2**20)} if args.bucket_mb else {}
-    compute_ms = next((row["step_ms"] for row in rows if row["method"] == "noop"), None)
+    compute_ms = next((row["step_ms"] for row in rows if row["method"] == "empty"), None)
     job = planning.Job(
         num_params=num_params,
         compute_s=(compute_ms or 0.0) / 1e3,
@@ -160,7 +163,6 @@ def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespa
         between=planning.measure_link(),
         inside=inside,
         dim=PRESETS[args.preset].dim,
-        **bucket,
     )
     for row in rows:
         row |= dict.fromkeys(("planned_ms", "plan_error"), float("nan"))
@@ -168,7 +170,11 @@ def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespa
         if not name or compute_ms is None:
             continue
         times = measure_codec_everywhere(name, job)
-        planned_ms = 1e3 * planning.predict(job, name, times).step_s
+        bucket_mb = bucket_cap_mb(row["method"]) or args.bucket_mb
+        bucketed = dataclasses.replace(
+            job, bucket_bytes=int(bucket_mb * 2**20) if bucket_mb else None
+        )
+        planned_ms = 1e3 * planning.predict(bucketed, name, times).step_s
         row |= {
             "planned_ms": planned_ms,
             "plan_error": planned_ms / row["step_ms"] - 1,
@@ -180,7 +186,7 @@ def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespa
 
 def planned_name(method: str) -> str:
     """What ``commrt plan`` calls it; empty if it does not know it."""
-    if method in ("noop", "fp16") or method.startswith("powersgd"):
+    if method in ("noop", "empty", "fp16") or method.startswith("powersgd"):
         return ""
     return "none" if method == "fp32" else method
 
@@ -244,7 +250,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     mpl.use("agg")
     from matplotlib import pyplot
 
-    rows = [row for row in rows if row["ranks"] == 1 and row["method"] != "noop"]
+    rows = [row for row in rows if row["ranks"] == 1 and row["method"] not in PROBES]
     nodes = max(row["nodes"] for row in rows)
     rows = [row for row in rows if row["nodes"] == nodes]
     rates = list(dict.fromkeys(row["rate"] for row in rows))

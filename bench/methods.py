@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 import commrt
 from commrt.collectives import ThreadPipeline
 
-# One bucket: with more, torch's PowerSGD aborts on gloo.
+# One bucket: with more, torch's PowerSGD aborts on gloo, and small messages wait for each other.
 WHOLE_MODEL_MB = 1 << 20
 
 
@@ -56,19 +56,23 @@ class EmptyLegs:
         return self._pipeline.submit(lambda: dist.barrier(reduce_group), gather)
 
 
+def bucket_cap_mb(name: str) -> float | None:
+    """What the method needs; None if any size will do."""
+    return WHOLE_MODEL_MB if name.startswith(("powersgd:", "lowrank")) else None
+
+
 def install(
     name: str,
     model: nn.Module,
     *,
     seed: int = 0,
-    bucket_cap_mb: float | None = None,
+    bucket_mb: float | None = None,
     prepare: Callable[[DistributedDataParallel], None] | None = None,
 ) -> Method:
     """Wrap the model, prepare it, and register the method. Ranks: all, started by torchrun."""
-    options: dict[str, Any] = {"gradient_as_bucket_view": True, "bucket_cap_mb": bucket_cap_mb}
-    if name.startswith("powersgd:"):
-        options["bucket_cap_mb"] = WHOLE_MODEL_MB
-    ddp = DistributedDataParallel(model, **options)
+    ddp = DistributedDataParallel(
+        model, gradient_as_bucket_view=True, bucket_cap_mb=bucket_cap_mb(name) or bucket_mb
+    )
     if prepare is not None:
         prepare(ddp)
     comm = None

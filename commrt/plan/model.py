@@ -21,7 +21,7 @@ from commrt.collectives import check_gather
 from commrt.errors import ConfigError
 
 MIB = 1 << 20
-FIRST_BUCKET_BYTES = MIB  # DDP's
+FIRST_BUCKET_BYTES, BUCKET_BYTES = MIB, 25 * MIB  # DDP's own
 GRADIENT_BYTES = 4
 SMALL_SHARE = 0.003  # of the elements: biases and norms, which the codec does not take
 WORTH = 0.95  # of fp32's step time; a smaller gain is not worth a codec
@@ -59,7 +59,7 @@ class Job:
         ranks_per_node: Ranks of each, which share its link.
         inside: The link of a rank to the others of its node.
         dim: Width of the model's matrices; None guesses that of a transformer of this size.
-        bucket_bytes: DDP's ``bucket_cap_mb``, in bytes.
+        bucket_bytes: DDP's ``bucket_cap_mb``, in bytes; None is DDP's default.
         backward_share: Of the compute, the part during which gradients become ready.
 
     Raises:
@@ -73,13 +73,14 @@ class Job:
     ranks_per_node: int = 1
     inside: Link = INSIDE
     dim: int | None = None
-    bucket_bytes: int = 25 * MIB
+    bucket_bytes: int | None = None
     backward_share: float = 0.6
 
     def __post_init__(self) -> None:
         for name in ("num_params", "nodes", "ranks_per_node", "bucket_bytes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}: must be at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}: must be at least 1")
         if not 0 <= self.compute_s < math.inf:
             raise ConfigError(f"compute_s is {self.compute_s}: must be at least 0")
 
@@ -221,7 +222,8 @@ def _bucket_numels(job: Job) -> list[float]:
     sizes: list[float] = []
     left = job.num_params * GRADIENT_BYTES
     while left > 0:
-        sizes.append(min(left, job.bucket_bytes if sizes else FIRST_BUCKET_BYTES))
+        default = BUCKET_BYTES if sizes else FIRST_BUCKET_BYTES
+        sizes.append(min(left, job.bucket_bytes or default))
         left -= int(sizes[-1])
     return [size / GRADIENT_BYTES for size in sizes]
 
