@@ -153,14 +153,14 @@ def run_rank(args: argparse.Namespace) -> None:
 def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespace) -> None:
     """Add what ``commrt plan`` predicts, and by how much that is wrong. Ranks: all."""
     local = int(os.environ["LOCAL_WORLD_SIZE"])
-    inside = planning.measure_link(dist.new_subgroups(local)[0]) if local > 1 else planning.INSIDE
+    between, inside = planning.measure_links(local)
     compute_ms = next((row["step_ms"] for row in rows if row["method"] == "empty"), None)
     job = planning.Job(
         num_params=num_params,
         compute_s=(compute_ms or 0.0) / 1e3,
         nodes=dist.get_world_size() // local,
         ranks_per_node=local,
-        between=planning.measure_link(),
+        between=between,
         inside=inside,
         dim=PRESETS[args.preset].dim,
     )

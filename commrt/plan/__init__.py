@@ -5,7 +5,7 @@ measure.py  what it needs to know of this machine and its links
 table.py    ``commrt plan``
 """
 
-from commrt.plan.measure import measure_codec, measure_link
+from commrt.plan.measure import measure_codec, measure_link, measure_links
 from commrt.plan.model import (
     INSIDE,
     CodecTimes,
@@ -26,6 +26,7 @@ __all__ = [
     "Prediction",
     "measure_codec",
     "measure_link",
+    "measure_links",
     "parse_rate",
     "plan_table",
     "predict",

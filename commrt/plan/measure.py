@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec, Window, orthonormal
-from commrt.plan.model import GRADIENT_BYTES, MIB, CodecTimes, Job, Link, Method, ring
+from commrt.plan.model import GRADIENT_BYTES, INSIDE, MIB, CodecTimes, Job, Link, Method, ring
 
 LONG_S = 0.5  # of an all-reduce that shows the rate, rather than the start, of a link
 MOST_BYTES = 256 * MIB
@@ -45,6 +45,19 @@ def measure_link(
         bits_per_s=8 * traffic.num_bytes / (seconds - traffic.hops * latency_s),
         latency_s=latency_s,
     )
+
+
+def measure_links(ranks_per_node: int, device: torch.device | str = "cpu") -> tuple[Link, Link]:
+    """The links between nodes and inside them; of one node both are the latter.
+
+    Ranks: all of the default group, two or more.
+    """
+    if ranks_per_node == 1:
+        return measure_link(device=device), INSIDE
+    group, _ = dist.new_subgroups(ranks_per_node)
+    inside = measure_link(group, device)
+    is_one_node = ranks_per_node == dist.get_world_size()
+    return inside if is_one_node else measure_link(device=device), inside
 
 
 def measure_codec(method: str, job: Job, numel: int = 2 * MIB) -> CodecTimes:

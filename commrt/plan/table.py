@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from commrt.errors import ConfigError
-from commrt.plan.measure import measure_codec, measure_link
+from commrt.plan.measure import measure_codec, measure_links
 from commrt.plan.model import INSIDE, Job, Link, parse_rate, predict, recommend
 
 LATENCY_US = 100.0
@@ -123,16 +123,8 @@ def _measured_cluster() -> Cluster:
         ranks = dist.get_world_size()
         if ranks % local:
             raise ConfigError(f"{ranks} ranks, {local} on this node: must be as many on each")
-        inside = INSIDE
-        if local > 1:
-            group, _ = dist.new_subgroups(local)
-            inside = measure_link(group, device)
-        return Cluster(
-            nodes=ranks // local,
-            ranks_per_node=local,
-            between=inside if ranks == local else measure_link(device=device),
-            inside=inside,
-        )
+        between, inside = measure_links(local, device)
+        return Cluster(nodes=ranks // local, ranks_per_node=local, between=between, inside=inside)
     finally:
         dist.destroy_process_group()
 
