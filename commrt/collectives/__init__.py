@@ -9,7 +9,7 @@ from commrt.collectives.compressed import (
 )
 from commrt.collectives.groups import GroupMaker, LegGroups, find_nodes
 from commrt.collectives.hierarchy import TwoLevelReducer
-from commrt.collectives.layout import share_of
+from commrt.collectives.layout import balanced, share_of
 from commrt.collectives.lowrank import LowRankReducer
 from commrt.collectives.order import Pipeline, StreamPipeline, ThreadPipeline
 from commrt.collectives.reducer import Averager, Item, Reducer, all_reduce_exact_, check_gather
@@ -30,6 +30,7 @@ __all__ = [
     "all_gather",
     "all_reduce_",
     "all_reduce_exact_",
+    "balanced",
     "check_agreement",
     "check_gather",
     "find_nodes",

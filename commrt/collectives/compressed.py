@@ -20,9 +20,9 @@ from commrt.codecs import (
     parse,
     with_block,
 )
+from commrt.collectives.exchange import gather_payloads
 from commrt.collectives.layout import one_each
 from commrt.collectives.reducer import Item, Reducer, Section, all_reduce_exact_
-from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic
 from commrt.errors import ConfigError
 
@@ -154,7 +154,7 @@ def all_gather(
     payload = own[: layout.payload_bytes(codec, rank)]
     codec.encode(input, payload, window, residual=None, seed=seed)
     received = torch.empty(world_size * slot, dtype=torch.uint8, device=input.device)
-    all_gather_single(received, own, group=group)
+    gather_payloads(received, own, group)
     output = torch.empty(sum(numels), dtype=input.dtype, device=input.device)
     for peer, shard in enumerate(output.split(numels)):
         payload = received[peer * slot :][: layout.payload_bytes(codec, peer)]

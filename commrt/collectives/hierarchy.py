@@ -19,9 +19,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from commrt.collectives.exchange import gather_payloads
 from commrt.collectives.layout import share_of, split_each
 from commrt.collectives.reducer import Item, Reducer, Section, timed
-from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic
 
 
@@ -65,7 +65,7 @@ class TwoLevelReducer:
         padded[: own.numel()].copy_(own)
         passed_on = scratch.take("passed on", slot * len(ranks), own.device)
         with timed(traffic, "network_s"):
-            all_gather_single(passed_on, padded, group=self.intra.gather_group)
+            gather_payloads(passed_on, padded, self.intra.gather_group)
         traffic.node_bytes += slot * (len(ranks) - 1)
         with timed(traffic, "codec_s"):
             for rank in ranks:

@@ -21,10 +21,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import BlockCodec, BlockwiseCodec, Codec, ExactCodec, NoopCodec
-from commrt.collectives.exchange import exchange_payloads
+from commrt.collectives.exchange import exchange_payloads, gather_payloads
 from commrt.collectives.layout import Layout, balanced
 from commrt.collectives.scratch import Scratch
-from commrt.collectives.torch_names import all_gather_single
 from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes
 from commrt.errors import ConfigError
 
@@ -199,7 +198,7 @@ class Reducer:
             rest.zero_()
         gathered = self.scratch.take("gathered", slot * self.world_size, received.device)
         with timed(traffic, "network_s"):
-            all_gather_single(gathered, own, group=self.gather_group)
+            gather_payloads(gathered, own, self.gather_group)
         exact = sum(
             part.layout.slot_bytes(part.gather, self.rank)
             for part in sections

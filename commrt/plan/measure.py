@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec, Window, orthonormal
+from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec, orthonormal
+from commrt.collectives import balanced
 from commrt.plan.model import GRADIENT_BYTES, INSIDE, MIB, CodecTimes, Job, Link, Method, ring
 
 LONG_S = 0.5  # of an all-reduce that shows the rate, rather than the start, of a link
 MOST_BYTES = 256 * MIB
 LATENCY_REPEATS = 50
+MOST_SHARDS, MOST_WIDTH = 8, 1024  # of a codec's measurement; beyond, an element costs as much
 
 
 def measure_link(
@@ -61,57 +64,126 @@ def measure_links(ranks_per_node: int, device: torch.device | str = "cpu") -> tu
 
 
 def measure_codec(method: str, job: Job, numel: int = 2 * MIB) -> CodecTimes:
-    """Times of a method's codec on one thread of this machine.
+    """Times of a method's codecs on one thread of this machine.
 
     Args:
         method: See :func:`predict`.
-        job: Whose number of ranks and width of matrices it is for.
-        numel: Elements to code.
+        job: Whose numbers of ranks and width of matrices it is for.
+        numel: Elements to code, at least; whole layers of a transformer.
 
     Raises:
         ConfigError: There is no such method.
     """
-    codec, gather, *_ = Method.parse(method)
-    if isinstance(codec, ExactCodec):
+    found = Method.parse(method)
+    if isinstance(found.codec, ExactCodec):
         return CodecTimes(0.0, 0.0)
-    if isinstance(codec, LowRankCodec):
-        return _measure_low_rank(codec, round(job.width), numel)
-    assert isinstance(codec, BlockwiseCodec)
-    shards = min(job.nodes * job.ranks_per_node, 8)
-    window = Window(0, codec.num_blocks(numel), 0)
-    gradient = torch.randn(numel)
-    residual = torch.zeros(codec.residual_bytes(numel), dtype=torch.uint8)
-    payload = torch.empty(codec.payload_bytes(window.num_blocks), dtype=torch.uint8)
-    stack = payload[: codec.payload_bytes(window.num_blocks // shards)].repeat(shards, 1)
-    mean = torch.empty(gather.payload_bytes(window.num_blocks // shards), dtype=torch.uint8)
-    returned = torch.zeros(gather.payload_bytes(window.num_blocks), dtype=torch.uint8)
-    encode_s = _median_s(lambda: codec.encode(gradient, payload, window, residual=residual, seed=0))
-    average_s = _median_s(lambda: gather.encode_average(stack, codec, mean))
-    decode_s = _median_s(lambda: gather.decode(returned, gradient, window))
-    return CodecTimes(encode_s / numel, (average_s + decode_s) / numel)
+    ranks, local = job.nodes * job.ranks_per_node, job.ranks_per_node
+    shapes = _layers(min(round(job.width), MOST_WIDTH), numel)
+    numels = [rows * columns for rows, columns in shapes]
+    if isinstance(found.codec, LowRankCodec):
+        before, after = _low_rank_s(found.codec, found.gather, shapes, ranks)
+    else:
+        assert isinstance(found.codec, BlockwiseCodec)
+        inside = _Coding(0.0, 0.0, 0.0)
+        if found.intra is None:
+            local, away = 1, ranks
+        else:
+            away = job.nodes
+            inside = _coding_s(found.intra, ExactCodec(block=found.codec.block), numels, local)
+        shares = [-(-count // local) for count in numels]
+        coding = _coding_s(found.codec, found.gather, shares, away)
+        before = inside.encode + inside.average + coding.encode
+        after = coding.average + local * coding.decode
+    return CodecTimes(before / sum(numels), after / sum(numels))
 
 
-def _measure_low_rank(codec: LowRankCodec, width: int, numel: int) -> CodecTimes:
-    """What LowRankReducer does with square matrices, but for coding their factors."""
-    count = max(1, numel // width**2)
-    matrices = torch.randn(count, width, width).unbind()
-    bases = torch.randn(count, codec.rank, width).unbind()
-    residuals = torch.zeros(count, codec.residual_bytes(width**2), dtype=torch.uint8).unbind()
+class _Coding(NamedTuple):
+    """Seconds of what one rank does with all tensors: of the mean, only with its own shard."""
 
-    def before() -> None:
+    encode: float
+    average: float
+    decode: float
+
+
+def _layers(width: int, numel: int) -> list[tuple[int, int]]:
+    """The matrices of so many layers of a transformer that they have ``numel`` elements."""
+    layer = [(3 * width, width), (width, width), (4 * width, width), (width, 4 * width)]
+    return -(-numel // (12 * width**2)) * layer
+
+
+def _coding_s(
+    codec: BlockwiseCodec, gather: BlockwiseCodec, numels: Sequence[int], ranks: int
+) -> _Coding:
+    """As :class:`Reducer` does it, without sending."""
+    ranks = min(ranks, MOST_SHARDS)
+    shards = balanced(tuple(numels), codec.block, ranks)
+    tensors = torch.randn(sum(numels)).split(list(numels))
+    residuals = [
+        torch.zeros(codec.residual_bytes(numel), dtype=torch.uint8) if codec.residual_fmt else None
+        for numel in numels
+    ]
+
+    def payloads(of: BlockwiseCodec) -> list[Tensor]:
+        return [
+            torch.zeros(shards.payload_bytes(of, rank), dtype=torch.uint8) for rank in range(ranks)
+        ]
+
+    sent, returned = payloads(codec), payloads(gather)
+    stack = sent[0].repeat(ranks, 1)
+
+    def encode() -> None:
+        for payload, shard in zip(sent, shards.shards, strict=True):
+            for index, window in shard:
+                codec.encode(tensors[index], payload, window, residual=residuals[index], seed=index)
+
+    def average() -> None:
+        if isinstance(codec, ExactCodec):
+            stack.view(torch.float32).sum(dim=0).div_(ranks)
+        else:
+            gather.encode_average(stack, codec, returned[0])
+
+    def decode() -> None:
+        for payload, shard in zip(returned, shards.shards, strict=True):
+            for index, window in shard:
+                gather.decode(payload, tensors[index], window)
+
+    return _Coding(_median_s(encode), _median_s(average), _median_s(decode))
+
+
+def _low_rank_s(
+    codec: LowRankCodec, gather: BlockwiseCodec, shapes: Sequence[tuple[int, int]], ranks: int
+) -> tuple[float, float]:
+    """Before the last factor is sent, and after, as :class:`LowRankReducer` does it."""
+    matrices = [torch.randn(shape) for shape in shapes]
+    bases = [torch.randn(codec.rank, columns) for _, columns in shapes]
+    residuals = [
+        torch.zeros(codec.residual_bytes(matrix.numel()), dtype=torch.uint8) for matrix in matrices
+    ]
+    spans = [torch.randn(codec.rank, rows) for rows, _ in shapes]
+
+    def factorise() -> None:
         for matrix, basis, residual in zip(matrices, bases, residuals, strict=True):
-            error = torch.empty(width**2)
+            error = torch.empty(matrix.numel())
             codec.decode_residual(residual, error)
-            values = orthonormal(basis @ matrix.add_(error.view_as(matrix)).T) @ matrix
-            matrix.addmm_(basis.T, values, alpha=-1)
-            codec.encode_residual(matrix.flatten(), residual, 0)
+            span = orthonormal(basis @ matrix.add_(error.view_as(matrix)).T)
+            matrix.addmm_(span.T, span @ matrix, alpha=-1)
+            stored = torch.empty_like(residual)
+            codec.encode_residual(matrix.view(-1), stored, 0)
+            if codec.is_finite(stored):
+                residual.copy_(stored)
 
-    def after() -> None:
-        for matrix, basis in zip(matrices, bases, strict=True):
-            torch.mm(orthonormal(basis).T, basis, out=matrix)
+    def multiply() -> None:
+        for matrix, span, basis in zip(matrices, spans, bases, strict=True):
+            torch.mm(span.T, basis, out=matrix)
+            orthonormal(basis)
 
-    elements = count * width**2
-    return CodecTimes(_median_s(before) / elements, _median_s(after) / elements)
+    numels = [span.numel() for span in spans]
+    span_coding = _coding_s(codec.basis_codec, codec.basis_codec, numels, ranks)
+    numels = [basis.numel() for basis in bases]
+    value_coding = _coding_s(codec.values_codec, gather, numels, ranks)
+    before = sum((*span_coding, value_coding.encode, value_coding.decode))
+    after = value_coding.average + value_coding.decode
+    return before + _median_s(factorise), after + _median_s(multiply)
 
 
 def _median_s(work: Callable[[], object], repeats: int = 7) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import commrt
 from commrt.codecs import BlockCodec, Codec, LocoCodec, derive_seed, parse, with_block
-from commrt.collectives.exchange import exchange_payloads
+from commrt.collectives.exchange import exchange_payloads, gather_payloads
 from commrt.errors import ConfigError
 from commrt.ops import reference
 from commrt.testing import run_ranks
@@ -381,11 +381,22 @@ def payloads_arrive(sizes: list[int], in_turn_bytes: int) -> None:
     assert torch.equal(received, expected)
 
 
+def payloads_are_gathered(num_bytes: int) -> None:
+    """Byte j of rank r is r + j."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    expected = (torch.arange(num_bytes) + torch.arange(world_size)[:, None]) % 256
+    received = torch.full((world_size * num_bytes,), 77, dtype=torch.uint8)
+    gather_payloads(received, expected[rank].to(torch.uint8), dist.new_group())
+    assert torch.equal(received.view(world_size, -1), expected)
+
+
 def all_payloads_arrive() -> None:
     world_size = dist.get_world_size()
     for sizes in ([200_000] * 4, [0, 70_000, 16, 1], [5, 0, 0, 300_000], [0] * 4):
         for in_turn_bytes in (1, 64 << 10, 1 << 30):
             payloads_arrive(sizes[:world_size], in_turn_bytes)
+    for num_bytes in (16, 1_000_000):
+        payloads_are_gathered(num_bytes)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])

@@ -71,11 +71,11 @@ POINTS: dict[str, tuple[Any, str, int]] = {
     "all-to-all": (dist, "all_to_all_single", 4),
     "in turn": (dist, "send", 8),
     "between the legs": (Reducer, "gather_leg", 4),
-    "all-gather": (reducer, "all_gather_single", 4),
+    "all-gather": (reducer, "gather_payloads", 4),
     "decode": (Reducer, "decode", 4),
     "uncompressed": (dist, "all_reduce", 4),
     "optimizer": (torch.optim.AdamW, "step", 2),
-    "inside the node": (hierarchy, "all_gather_single", 4),
+    "inside the node": (hierarchy, "gather_payloads", 4),
 }
 """Where, and in the which call. The first step has one bucket, the others one a parameter: the
 fourth call in a leg has others before it and behind it. "in turn" is the way of large payloads.

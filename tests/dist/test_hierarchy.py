@@ -207,8 +207,7 @@ def recording_sends(sent: Counter[tuple[int, ...]]) -> Iterator[None]:
     with (
         mock.patch.object(dist, "all_to_all_single", record_to_all),
         mock.patch.object(dist, "send", record_to_one),
-        mock.patch("commrt.collectives.reducer.all_gather_single", record_gather),
-        mock.patch("commrt.collectives.hierarchy.all_gather_single", record_gather),
+        mock.patch("commrt.collectives.exchange.all_gather_single", record_gather),
     ):
         yield
 
