@@ -96,8 +96,9 @@ class LowRankReducer:
     def _compensated(self, item: Item, is_held: bool) -> Tensor:
         matrix = _matrix(item).float()
         if not is_held:
-            error = torch.empty_like(matrix).flatten()
             assert item.residual is not None
+            scratch = self.values.scratch.take("error", 4 * matrix.numel(), matrix.device)
+            error = scratch.view(torch.float32)
             self.codec.decode_residual(item.residual, error)
             matrix.add_(error.view_as(matrix))
         return matrix
@@ -105,7 +106,7 @@ class LowRankReducer:
     def _keep(self, item: Item, error: Tensor) -> None:
         """Store the residual; one that is not finite leaves the former as it was."""
         assert item.residual is not None
-        stored = torch.empty_like(item.residual)
+        stored = self.values.scratch.take("stored", item.residual.numel(), error.device)
         self.codec.encode_residual(error.view(-1), stored, item.seed)
         _update_(item.residual, stored, self.codec.is_finite(stored))
 

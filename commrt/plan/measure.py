@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec, orthonormal
-from commrt.collectives import balanced
+from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec
+from commrt.collectives import Item, LowRankReducer, Reducer, Traffic, balanced
 from commrt.plan.model import GRADIENT_BYTES, INSIDE, MIB, CodecTimes, Job, Link, Method, ring
 
 LONG_S = 0.5  # of an all-reduce that shows the rate, rather than the start, of a link
 MOST_BYTES = 256 * MIB
 LATENCY_REPEATS = 50
+CODING_S = 0.2  # of a codec's works
 MOST_SHARDS, MOST_WIDTH = 8, 1024  # of a codec's measurement; beyond, an element costs as much
 
 
@@ -81,7 +83,7 @@ def measure_codec(method: str, job: Job, numel: int = 2 * MIB) -> CodecTimes:
     shapes = _layers(min(round(job.width), MOST_WIDTH), numel)
     numels = [rows * columns for rows, columns in shapes]
     if isinstance(found.codec, LowRankCodec):
-        before, after = _low_rank_s(found.codec, found.gather, shapes, ranks)
+        before, after = _low_rank_s(found.codec, found.gather, shapes)
     else:
         assert isinstance(found.codec, BlockwiseCodec)
         inside = _Coding(0.0, 0.0, 0.0)
@@ -147,57 +149,64 @@ def _coding_s(
             for index, window in shard:
                 gather.decode(payload, tensors[index], window)
 
-    return _Coding(_median_s(encode), _median_s(average), _median_s(decode))
+    return _Coding(*_mean_s(encode, average, decode))
 
 
 def _low_rank_s(
-    codec: LowRankCodec, gather: BlockwiseCodec, shapes: Sequence[tuple[int, int]], ranks: int
-) -> tuple[float, float]:
-    """Before the last factor is sent, and after, as :class:`LowRankReducer` does it."""
-    matrices = [torch.randn(shape) for shape in shapes]
-    bases = [torch.randn(codec.rank, columns) for _, columns in shapes]
-    residuals = [
-        torch.zeros(codec.residual_bytes(matrix.numel()), dtype=torch.uint8) for matrix in matrices
-    ]
-    spans = [torch.randn(codec.rank, rows) for rows, _ in shapes]
-
-    def factorise() -> None:
-        for matrix, basis, residual in zip(matrices, bases, residuals, strict=True):
-            error = torch.empty(matrix.numel())
-            codec.decode_residual(residual, error)
-            span = orthonormal(basis @ matrix.add_(error.view_as(matrix)).T)
-            matrix.addmm_(span.T, span @ matrix, alpha=-1)
-            stored = torch.empty_like(residual)
-            codec.encode_residual(matrix.view(-1), stored, 0)
-            if codec.is_finite(stored):
-                residual.copy_(stored)
-
-    def multiply() -> None:
-        for matrix, span, basis in zip(matrices, spans, bases, strict=True):
-            torch.mm(span.T, basis, out=matrix)
-            orthonormal(basis)
-
-    numels = [span.numel() for span in spans]
-    span_coding = _coding_s(codec.basis_codec, codec.basis_codec, numels, ranks)
-    numels = [basis.numel() for basis in bases]
-    value_coding = _coding_s(codec.values_codec, gather, numels, ranks)
-    before = sum((*span_coding, value_coding.encode, value_coding.decode))
-    after = value_coding.average + value_coding.decode
-    return before + _median_s(factorise), after + _median_s(multiply)
+    codec: LowRankCodec, gather: BlockwiseCodec, shapes: Sequence[tuple[int, int]]
+) -> list[float]:
+    """Of both legs, of a group of this rank alone; the factors it averages are a small part."""
+    traffic = Traffic()
+    with _alone() as group:
+        reducer = LowRankReducer(
+            codec,
+            basis=Reducer(codec.basis_codec, codec.basis_codec, group, group),
+            values=Reducer(codec.values_codec, gather, group, group),
+        )
+        items = [_low_rank_item(codec, torch.Size(shape)) for shape in shapes]
+        sent: list[Any] = []
+        return _mean_s(
+            lambda: sent.append(reducer.reduce_leg(items, traffic)),
+            lambda: reducer.gather_leg(sent.pop(), items, traffic),
+        )
 
 
-def _median_s(work: Callable[[], object], repeats: int = 7) -> float:
+def _low_rank_item(codec: LowRankCodec, shape: torch.Size) -> Item:
+    residual = torch.zeros(codec.residual_bytes(shape.numel()), dtype=torch.uint8)
+    basis = codec.new_basis(shape, "")
+    return Item(torch.randn(shape.numel()), 0, residual, shape=shape, basis=basis)
+
+
+@contextmanager
+def _alone() -> Iterator[dist.ProcessGroup]:
+    """A group of this rank, whether or not there is a default group."""
+    is_first = not dist.is_initialized()
+    if is_first:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    group = dist.new_group([dist.get_rank()], backend="gloo", use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    try:
+        yield group
+    finally:
+        dist.destroy_process_group(None if is_first else group)
+
+
+def _mean_s(*works: Callable[[], object]) -> list[float]:
+    """Of each, in turns, so long that pauses for others who share the cores are in it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    durations: list[list[float]] = [[] for _ in works]
     try:
-        durations = []
-        for _ in range(repeats):
-            began = time.perf_counter()
+        for work in works:  # which takes memory
             work()
-            durations.append(time.perf_counter() - began)
+        while sum(map(sum, durations)) < CODING_S:
+            for work, taken in zip(works, durations, strict=True):
+                began = time.perf_counter()
+                work()
+                taken.append(time.perf_counter() - began)
     finally:
         torch.set_num_threads(threads)
-    return statistics.median(durations)
+    return [statistics.mean(taken) for taken in durations]
 
 
 def _all_reduce_s(tensor: Tensor, repeats: int, group: dist.ProcessGroup | None) -> float:
