@@ -19,7 +19,7 @@ from commrt.plan.model import GRADIENT_BYTES, INSIDE, MIB, CodecTimes, Job, Link
 LONG_S = 0.5  # of an all-reduce that shows the rate, rather than the start, of a link
 MOST_BYTES = 256 * MIB
 LATENCY_REPEATS = 50
-CODING_S = 0.2  # of a codec's works
+CODING_S = 0.4  # of a codec's works
 MOST_SHARDS, MOST_WIDTH = 8, 1024  # of a codec's measurement; beyond, an element costs as much
 
 
