@@ -152,16 +152,12 @@ def run_rank(args: argparse.Namespace) -> None:
 
 def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespace) -> None:
     """Add what ``commrt plan`` predicts, and by how much that is wrong. Ranks: all."""
-    local = int(os.environ["LOCAL_WORLD_SIZE"])
-    between, inside = planning.measure_links(local)
+    cluster = planning.measure_cluster(int(os.environ["LOCAL_WORLD_SIZE"]))
     compute_ms = next((row["step_ms"] for row in rows if row["method"] == "empty"), None)
     job = planning.Job(
         num_params=num_params,
         compute_s=(compute_ms or 0.0) / 1e3,
-        nodes=dist.get_world_size() // local,
-        ranks_per_node=local,
-        between=between,
-        inside=inside,
+        cluster=cluster,
         dim=PRESETS[args.preset].dim,
     )
     for row in rows:
@@ -169,7 +165,7 @@ def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespa
         name = planned_name(row["method"])
         if not name or compute_ms is None:
             continue
-        times = measure_codec_everywhere(name, job)
+        times = measure_codec(name, job)
         bucket_mb = bucket_cap_mb(row["method"]) or args.bucket_mb
         bucketed = dataclasses.replace(
             job, bucket_bytes=int(bucket_mb * 2**20) if bucket_mb else None
@@ -178,8 +174,8 @@ def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespa
         row |= {
             "planned_ms": planned_ms,
             "plan_error": planned_ms / row["step_ms"] - 1,
-            "link_mbit_per_s": job.between.bits_per_s / 1e6,
-            "link_latency_us": job.between.latency_s * 1e6,
+            "link_mbit_per_s": cluster.between.bits_per_s / 1e6,
+            "link_latency_us": cluster.between.latency_s * 1e6,
             "codec_ms": 1e3 * num_params * sum(times),
         }
 
@@ -191,12 +187,14 @@ def planned_name(method: str) -> str:
     return "none" if method == "fp32" else method
 
 
-def measure_codec_everywhere(name: str, job: planning.Job) -> planning.CodecTimes:
-    """Its times while all ranks are at it, who share cores."""
-    dist.barrier()
-    times = torch.tensor(planning.measure_codec(name, job), dtype=torch.float64)
-    dist.all_reduce(times)
-    return planning.CodecTimes(*times.div_(dist.get_world_size()).tolist())
+def measure_codec(name: str, job: planning.Job) -> planning.CodecTimes:
+    """Its times on an idle machine, multiplied by the number of ranks that share a core."""
+    times = torch.zeros(2, dtype=torch.float64)
+    if dist.get_rank() == 0:
+        times = torch.tensor(planning.measure_codec(name, job), dtype=torch.float64)
+    dist.broadcast(times, src=0)
+    ranks_per_core = max(1.0, dist.get_world_size() / (os.cpu_count() or 1))
+    return planning.CodecTimes(*times.mul_(ranks_per_core).tolist())
 
 
 def run_cell(nodes: int, ranks: int, rate: str, args: argparse.Namespace) -> list[dict[str, Any]]:

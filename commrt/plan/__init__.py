@@ -5,9 +5,10 @@ measure.py  what it needs to know of this machine and its links
 table.py    ``commrt plan``
 """
 
-from commrt.plan.measure import measure_codec, measure_link, measure_links
+from commrt.plan.measure import measure_cluster, measure_codec, measure_link
 from commrt.plan.model import (
     INSIDE,
+    Cluster,
     CodecTimes,
     Job,
     Link,
@@ -20,13 +21,14 @@ from commrt.plan.table import plan_table
 
 __all__ = [
     "INSIDE",
+    "Cluster",
     "CodecTimes",
     "Job",
     "Link",
     "Prediction",
+    "measure_cluster",
     "measure_codec",
     "measure_link",
-    "measure_links",
     "parse_rate",
     "plan_table",
     "predict",

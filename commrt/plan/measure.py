@@ -14,7 +14,18 @@ from torch import Tensor
 
 from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec
 from commrt.collectives import Item, LowRankReducer, Reducer, Traffic, balanced
-from commrt.plan.model import GRADIENT_BYTES, INSIDE, MIB, CodecTimes, Job, Link, Method, ring
+from commrt.errors import ConfigError
+from commrt.plan.model import (
+    GRADIENT_BYTES,
+    INSIDE,
+    MIB,
+    Cluster,
+    CodecTimes,
+    Job,
+    Link,
+    Method,
+    ring,
+)
 
 LONG_S = 0.5  # of an all-reduce that shows the rate, rather than the start, of a link
 MOST_BYTES = 256 * MIB
@@ -52,17 +63,32 @@ def measure_link(
     )
 
 
-def measure_links(ranks_per_node: int, device: torch.device | str = "cpu") -> tuple[Link, Link]:
+def measure_cluster(ranks_per_node: int, device: torch.device | str = "cpu") -> Cluster:
     """The links between nodes and inside them; of one node both are the latter.
+
+    Args:
+        ranks_per_node: The same on every node.
+        device: Of what the ranks send.
+
+    Raises:
+        ConfigError: They cannot be so many on each.
 
     Ranks: all of the default group, two or more.
     """
-    if ranks_per_node == 1:
-        return measure_link(device=device), INSIDE
-    group, _ = dist.new_subgroups(ranks_per_node)
-    inside = measure_link(group, device)
-    is_one_node = ranks_per_node == dist.get_world_size()
-    return inside if is_one_node else measure_link(device=device), inside
+    ranks = dist.get_world_size()
+    if ranks % ranks_per_node:
+        raise ConfigError(f"{ranks} ranks, {ranks_per_node} on this node: must be as many on each")
+    inside = INSIDE
+    if ranks_per_node > 1:
+        group, _ = dist.new_subgroups(ranks_per_node)
+        inside = measure_link(group, device)
+    between = inside if ranks_per_node == ranks else measure_link(device=device)
+    return Cluster(
+        nodes=ranks // ranks_per_node,
+        ranks_per_node=ranks_per_node,
+        between=between,
+        inside=inside,
+    )
 
 
 def measure_codec(method: str, job: Job, numel: int = 2 * MIB) -> CodecTimes:
@@ -79,7 +105,6 @@ def measure_codec(method: str, job: Job, numel: int = 2 * MIB) -> CodecTimes:
     found = Method.parse(method)
     if isinstance(found.codec, ExactCodec):
         return CodecTimes(0.0, 0.0)
-    ranks, local = job.nodes * job.ranks_per_node, job.ranks_per_node
     shapes = _layers(min(round(job.width), MOST_WIDTH), numel)
     numels = [rows * columns for rows, columns in shapes]
     if isinstance(found.codec, LowRankCodec):
@@ -87,10 +112,9 @@ def measure_codec(method: str, job: Job, numel: int = 2 * MIB) -> CodecTimes:
     else:
         assert isinstance(found.codec, BlockwiseCodec)
         inside = _Coding(0.0, 0.0, 0.0)
-        if found.intra is None:
-            local, away = 1, ranks
-        else:
-            away = job.nodes
+        local, away = 1, job.cluster.ranks
+        if found.intra is not None:
+            local, away = job.cluster.ranks_per_node, job.cluster.nodes
             inside = _coding_s(found.intra, ExactCodec(block=found.codec.block), numels, local)
         shares = [-(-count // local) for count in numels]
         coding = _coding_s(found.codec, found.gather, shares, away)

@@ -48,16 +48,41 @@ INSIDE = Link(bits_per_s=100e9, latency_s=20e-6)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Cluster:
+    """Nodes and their links.
+
+    Attributes:
+        nodes: Number of nodes.
+        between: The link of a node to the others.
+        ranks_per_node: Ranks of each, which share its link.
+        inside: The link of a rank to the others of its node.
+
+    Raises:
+        ConfigError: For numbers below 1.
+    """
+
+    nodes: int
+    between: Link
+    ranks_per_node: int = 1
+    inside: Link = INSIDE
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "nodes", "ranks_per_node")
+
+    @property
+    def ranks(self) -> int:
+        """Of all nodes."""
+        return self.nodes * self.ranks_per_node
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """What is trained, and on what.
 
     Attributes:
         num_params: Parameters of the model.
         compute_s: Of a step without communication, optimizer included.
-        nodes: Number of nodes.
-        between: The link of a node to the others.
-        ranks_per_node: Ranks of each, which share its link.
-        inside: The link of a rank to the others of its node.
+        cluster: Where.
         dim: Width of the model's matrices; None guesses that of a transformer of this size.
         bucket_bytes: DDP's ``bucket_cap_mb``, in bytes; None is DDP's default.
         backward_share: Of the compute, the part during which gradients become ready.
@@ -68,19 +93,13 @@ class Job:
 
     num_params: int
     compute_s: float
-    nodes: int
-    between: Link
-    ranks_per_node: int = 1
-    inside: Link = INSIDE
+    cluster: Cluster
     dim: int | None = None
     bucket_bytes: int | None = None
     backward_share: float = 0.6
 
     def __post_init__(self) -> None:
-        for name in ("num_params", "nodes", "ranks_per_node", "bucket_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}: must be at least 1")
+        _require_positive(self, "num_params", "bucket_bytes")
         if not 0 <= self.compute_s < math.inf:
             raise ConfigError(f"compute_s is {self.compute_s}: must be at least 0")
 
@@ -182,8 +201,8 @@ def predict(job: Job, name: str, times: CodecTimes) -> Prediction:
         compute_free += job.compute_s * job.backward_share * numel / job.num_params
         compute_free += numel * times.before
         between, inside = _bucket_traffic(job, method, numel)
-        on_links = sum(part.seconds(job.between) for part in between)
-        on_links += sum(part.seconds(job.inside) for part in inside)
+        on_links = sum(part.seconds(job.cluster.between) for part in between)
+        on_links += sum(part.seconds(job.cluster.inside) for part in inside)
         link_free = max(link_free, compute_free) + on_links + numel * times.after
         wire_bytes += sum(part.num_bytes for part in between)
     return Prediction(name, max(compute_free, link_free), wire_bytes)
@@ -217,6 +236,13 @@ def parse_rate(text: str) -> float:
     return rate
 
 
+def _require_positive(record: object, *names: str) -> None:
+    for name in names:
+        value = getattr(record, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} is {value}: must be at least 1")
+
+
 def _bucket_numels(job: Job) -> list[float]:
     """Elements of each bucket, in the order in which they become ready."""
     sizes: list[float] = []
@@ -230,13 +256,12 @@ def _bucket_numels(job: Job) -> list[float]:
 
 def _bucket_traffic(job: Job, method: Method, numel: float) -> tuple[list[Traffic], list[Traffic]]:
     """What one bucket sends over a node's link, and inside nodes over a rank's."""
-    ranks, local = job.nodes * job.ranks_per_node, job.ranks_per_node
+    nodes, ranks, local = job.cluster.nodes, job.cluster.ranks, job.cluster.ranks_per_node
     if isinstance(method.codec, ExactCodec):
         return [ring(numel * GRADIENT_BYTES, ranks, passes=2)], []
     reduced, gathered = _payload_bytes(job, method, numel)
     if method.intra is not None:
-        share = reduced * (job.nodes - 1) / job.nodes
-        between = [Traffic(share, 1, job.nodes), ring(gathered, job.nodes)]
+        between = [Traffic(reduced * (nodes - 1) / nodes, 1, nodes), ring(gathered, nodes)]
         away = numel * _bytes_each(method.intra) * (local - 1) / local
         return between, [Traffic(away, 1, local), ring(gathered, local)]
     off_node = local * reduced * (ranks - local) / ranks

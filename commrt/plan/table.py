@@ -10,22 +10,12 @@ import torch
 import torch.distributed as dist
 
 from commrt.errors import ConfigError
-from commrt.plan.measure import measure_codec, measure_links
-from commrt.plan.model import INSIDE, Job, Link, parse_rate, predict, recommend
+from commrt.plan.measure import measure_cluster, measure_codec
+from commrt.plan.model import INSIDE, Cluster, Job, Link, parse_rate, predict, recommend
 
 LATENCY_US = 100.0
 CANDIDATES = ("none", "loco8", "loco4", "loco2/block2", "loco1/block1", "lowrank32", "lowrank8")
 TWO_LEVELS = ("loco4+intra=none", "loco4+intra=block8")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """Nodes and their links, as given or measured."""
-
-    nodes: int
-    ranks_per_node: int
-    between: Link
-    inside: Link
 
 
 def plan_table(
@@ -59,21 +49,13 @@ def plan_table(
         cluster = _measured_cluster()
         if int(os.environ["RANK"]) > 0:
             return ""
-    job = Job(
-        num_params=int(params),
-        compute_s=compute_ms / 1e3,
-        dim=dim,
-        nodes=cluster.nodes,
-        ranks_per_node=cluster.ranks_per_node,
-        between=cluster.between,
-        inside=cluster.inside,
-    )
+    job = Job(num_params=int(params), compute_s=compute_ms / 1e3, cluster=cluster, dim=dim)
     lines = [] if rate else [_describe(cluster)]
     return "\n".join([*lines, *_rows(job, methods)])
 
 
 def _rows(job: Job, methods: Sequence[str] | None) -> list[str]:
-    two_levels = TWO_LEVELS if job.ranks_per_node > 1 and job.nodes > 1 else ()
+    two_levels = TWO_LEVELS if 1 < job.cluster.nodes < job.cluster.ranks else ()
     names = list(dict.fromkeys(("none", *(methods or (*CANDIDATES, *two_levels)))))
     found = [predict(job, name, measure_codec(name, job)) for name in names]
     best, reason = recommend(found)
@@ -119,12 +101,7 @@ def _measured_cluster() -> Cluster:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        ranks = dist.get_world_size()
-        if ranks % local:
-            raise ConfigError(f"{ranks} ranks, {local} on this node: must be as many on each")
-        between, inside = measure_links(local, device)
-        return Cluster(nodes=ranks // local, ranks_per_node=local, between=between, inside=inside)
+        return measure_cluster(int(os.environ["LOCAL_WORLD_SIZE"]), device)
     finally:
         dist.destroy_process_group()
 

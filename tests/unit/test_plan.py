@@ -3,19 +3,35 @@
 How near it comes to measured step times is in bench/results: bench.cluster prints the error.
 """
 
+import dataclasses
+
 import pytest
 
 from commrt.__main__ import main
 from commrt.errors import ConfigError
-from commrt.plan import CodecTimes, Job, Link, measure_codec, parse_rate, predict, recommend
+from commrt.plan import (
+    Cluster,
+    CodecTimes,
+    Job,
+    Link,
+    measure_codec,
+    parse_rate,
+    predict,
+    recommend,
+)
 
 FREE = CodecTimes(0.0, 0.0)
+CLUSTER_FIELDS = {field.name for field in dataclasses.fields(Cluster)}
 SLOW = Link(bits_per_s=100e6, latency_s=0.0, message_s=0.0)
 
 
 def job(**changes) -> Job:
-    options = {"num_params": 10_000_000, "compute_s": 0.0, "nodes": 4, "between": SLOW}
-    return Job(**{**options, **changes})
+    """A job, or one whose cluster is changed."""
+    options = {"num_params": 10_000_000, "compute_s": 0.0}
+    places = {"nodes": 4, "between": SLOW}
+    for name, value in changes.items():
+        (places if name in CLUSTER_FIELDS else options)[name] = value
+    return Job(cluster=Cluster(**places), **options)
 
 
 def test_fp32_takes_the_bytes_of_a_ring() -> None:
