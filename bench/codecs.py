@@ -6,6 +6,7 @@ one of a non-temporal copy measured in the same interleaved rounds. Every instru
 against the reference before it is timed; `#wrong` counts the bytes that differ.
 
     python -m bench.codecs -b 128M -n 20 -J bench/results/codecs.json
+    python -m bench.codecs --device cuda -b 1G    # by CUDA events; the copy is torch's
 """
 
 import argparse
@@ -26,6 +27,7 @@ from commrt.ops.native import native
 
 CHECKED_BLOCKS = 512
 NUM_PAYLOADS = 4
+CUDA = "cuda"  # in the place of an instruction set
 COLUMNS = [
     "kernel", "isa", "bits", "block", "dtype", "size(B)", "wire(B)", "time(us)", "p10", "p90",
     "GB/s", "of_copy", "nmse", "#wrong",
@@ -44,34 +46,34 @@ class Case:
 
     def time_once(self) -> None:
         """One timed call."""
-        native.select_isa(self.isa)
-        begin = time.perf_counter()
-        self.call()
-        self.times_s.append(time.perf_counter() - begin)
+        timed = _time_on_gpu if self.isa == CUDA else _time_on_cpu
+        _select(self.isa)
+        self.times_s.append(timed(self.call))
 
 
 class Data:
     """Inputs that all cases share, and one case for each kernel and format."""
 
-    def __init__(self, numel: int, dtype: torch.dtype) -> None:
+    def __init__(self, numel: int, dtype: torch.dtype, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         normal = torch.randn(numel, generator=generator)
-        self.grad = (normal * torch.rand(numel, generator=generator)).to(dtype)
-        self.output = torch.zeros(numel, dtype=dtype)
+        self.grad = (normal * torch.rand(numel, generator=generator)).to(device, dtype)
+        self.output = torch.zeros(numel, dtype=dtype, device=device)
         self.dtype = dtype
+        self.device = device
         self.numel = numel
 
     def payload(self, fmt: BlockFormat) -> Tensor:
         """Zeros of a payload's size; touched, so that no page fault is timed."""
         size = fmt.payload_bytes(fmt.num_blocks(self.numel))
-        return torch.zeros(size, dtype=torch.uint8)
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
     def cases(self, isa: str, bits: int, block: int) -> list[Case]:
         """Every kernel of one format."""
         fmt = BlockFormat(bits=bits, block=block, levels="mean" if bits <= 2 else "absmax")
         back = BlockFormat(bits=8, block=block)
         payload, residual, returned = self.payload(fmt), self.payload(back), self.payload(back)
-        stack = torch.zeros(NUM_PAYLOADS, payload.numel(), dtype=torch.uint8)
+        stack = payload.repeat(NUM_PAYLOADS, 1)
         for row in stack:
             ops.block_encode(self.grad, row, fmt)
         dense = self.grad.element_size()
@@ -116,11 +118,14 @@ class Data:
         ]
 
     def yardsticks(self, isa: str) -> list[Case]:
-        """The non-temporal copy and the plain read."""
-        source = torch.ones(self.numel)
-        target = torch.zeros(self.numel)
+        """The non-temporal copy and the plain read; on a GPU torch's copy."""
+        source = torch.ones(self.numel, device=self.device)
+        target = torch.zeros(self.numel, device=self.device)
         blank = {column: "-" for column in COLUMNS}
         common = {**blank, "isa": isa, "dtype": "float32", "size(B)": 4 * self.numel, "#wrong": 0}
+        if isa == CUDA:
+            row = {**common, "kernel": "copy (torch)"}
+            return [Case(row, isa, 8 * self.numel, lambda: target.copy_(source))]
         addresses = source.data_ptr(), target.data_ptr()
         return [
             Case(
@@ -161,10 +166,31 @@ def measure(cases: list[Case], iterations: int, warmup: int) -> list[dict[str, A
     return rows
 
 
+def _time_on_cpu(call: Callable[[], object]) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def _time_on_gpu(call: Callable[[], object]) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
+
+
+def _select(isa: str) -> None:
+    if isa != CUDA:
+        native.select_isa(isa)
+
+
 def _nmse(grad: Tensor, fmt: BlockFormat) -> float:
     sample = grad[: 1 << 20]
-    payload = torch.empty(fmt.payload_bytes(fmt.num_blocks(sample.numel())), dtype=torch.uint8)
-    decoded = torch.empty(sample.numel())
+    size = fmt.payload_bytes(fmt.num_blocks(sample.numel()))
+    payload = torch.empty(size, dtype=torch.uint8, device=grad.device)
+    decoded = torch.empty(sample.numel(), device=grad.device)
     ops.block_encode(sample, payload, fmt)
     ops.block_decode(payload, decoded, fmt)
     exact = sample.float()
@@ -173,20 +199,21 @@ def _nmse(grad: Tensor, fmt: BlockFormat) -> float:
 
 def _num_wrong(isa: str, grad: Tensor, fmt: BlockFormat) -> int:
     """Bytes in which this path's LoCo payload and residual differ from the reference's."""
-    native.select_isa(isa)
+    _select(isa)
     sample = grad[: CHECKED_BLOCKS * fmt.block]
     blocks = fmt.num_blocks(sample.numel())
     back = BlockFormat(bits=8, block=fmt.block)
     sizes = (fmt.payload_bytes(blocks), back.payload_bytes(blocks))
     own, expected = ([torch.zeros(size, dtype=torch.uint8) for size in sizes] for _ in range(2))
+    own = [mine.to(grad.device) for mine in own]
     for _ in range(3):
         ops.loco_encode(sample, own[1], own[0], fmt)
         reference.loco_encode(
-            sample, expected[1], expected[0], fmt.bits, fmt.block, fmt.mean_levels,
+            sample.cpu(), expected[1], expected[0], fmt.bits, fmt.block, fmt.mean_levels,
             0.8, 8, False, 0, 0, blocks, 0,
         )  # fmt: skip
     pairs = zip(own, expected, strict=True)
-    return sum(int((mine != theirs).sum()) for mine, theirs in pairs)
+    return sum(int((mine.cpu() != theirs).sum()) for mine, theirs in pairs)
 
 
 def _parse_size(text: str) -> int:
@@ -203,6 +230,7 @@ def main() -> None:
     parser.add_argument(
         "-d", "--dtype", default="float32", choices=["float32", "bfloat16", "float16"]
     )
+    parser.add_argument("--device", default="cpu", choices=["cpu", CUDA])
     parser.add_argument("-t", "--threads", type=int, default=1)
     parser.add_argument("--bits", nargs="+", type=int, default=[1, 2, 4, 8])
     parser.add_argument("--blocks", nargs="+", type=int, default=[128])
@@ -211,10 +239,13 @@ def main() -> None:
     args = parser.parse_args()
     if native is None:
         parser.exit(1, f"no native module: {ops.status()}\n")
+    if args.device == CUDA and (native.cuda != "nvcc" or not torch.cuda.is_available()):
+        parser.exit(1, "no CUDA: needs a GPU, torch for it, and COMMRT_CUDA=ON pip install .\n")
     torch.set_num_threads(args.threads)
-    data = Data(args.bytes // 4, getattr(torch, args.dtype))
+    data = Data(args.bytes // 4, getattr(torch, args.dtype), args.device)
     rows = []
-    for isa in args.isa or native.available_isas():
+    isas = [CUDA] if args.device == CUDA else args.isa or native.available_isas()
+    for isa in isas:
         cases = data.yardsticks(isa)
         for block in args.blocks:
             for bits in args.bits:

@@ -5,6 +5,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
+#include "cuda/ops.h"
 
 namespace nb = nanobind;
 using namespace commrt;
@@ -40,53 +41,120 @@ struct PayloadArg {
   }
 };
 
-template <typename Args>
-void run(void (*kernel)(const Args&, Index, Index), const Args& args, Index num_blocks, int block,
-         int num_threads) {
-  const nb::gil_scoped_release release;
-  parallel_for(num_blocks, kGrainElements / block, num_threads,
-               [&](Index begin, Index end) { kernel(args, begin, end); });
-}
+// Where an op runs: on threads of the CPU, or queued on a GPU's stream.
+struct Threads {
+  int count;
 
+  void run(const BlockEncodeArgs& args, Index num_blocks) const {
+    spread(active_kernels().block_encode, args, num_blocks, args.format.block);
+  }
+  void run(const BlockDecodeArgs& args, Index num_blocks) const {
+    spread(active_kernels().block_decode, args, num_blocks, args.format.block);
+  }
+  void run(const LocoEncodeArgs& args, Index num_blocks) const {
+    spread(active_kernels().loco_encode, args, num_blocks, args.format.block);
+  }
+  void run(const DecodeAverageArgs& args, Index num_blocks) const {
+    spread(active_kernels().decode_average, args, num_blocks, args.format.block);
+  }
+  void run(const DecodeAverageEncodeArgs& args, Index num_blocks) const {
+    spread(active_kernels().decode_average_encode, args, num_blocks, args.format.block);
+  }
+  void run(const RescaleArgs& args, Index num_blocks) const {
+    spread(active_kernels().rescale, args, num_blocks, 1);
+  }
+
+ private:
+  template <typename Args>
+  void spread(void (*kernel)(const Args&, Index, Index), const Args& args, Index num_blocks,
+              int elements_each) const {
+    parallel_for(num_blocks, kGrainElements / elements_each, count,
+                 [&](Index begin, Index end) { kernel(args, begin, end); });
+  }
+};
+
+#if defined(COMMRT_CUDA)
+struct Queue : cuda::Queue {
+  void run(const BlockEncodeArgs& args, Index num_blocks) const {
+    cuda::block_encode(args, num_blocks, *this);
+  }
+  void run(const BlockDecodeArgs& args, Index num_blocks) const {
+    cuda::block_decode(args, num_blocks, *this);
+  }
+  void run(const LocoEncodeArgs& args, Index num_blocks) const {
+    cuda::loco_encode(args, num_blocks, *this);
+  }
+  void run(const DecodeAverageArgs& args, Index num_blocks) const {
+    cuda::decode_average(args, num_blocks, *this);
+  }
+  void run(const DecodeAverageEncodeArgs& args, Index num_blocks) const {
+    cuda::decode_average_encode(args, num_blocks, *this);
+  }
+  void run(const RescaleArgs& args, Index num_blocks) const {
+    cuda::rescale(args, num_blocks, *this);
+  }
+};
+#endif
+
+template <typename Where>
 void block_encode(WindowArg input, PayloadArg payload, BlockFormat format, Rounding rounding,
-                  Index num_blocks, int num_threads) {
-  const BlockEncodeArgs args{input, payload.slice(format.bits, format.block), format, rounding};
-  run(active_kernels().block_encode, args, num_blocks, format.block, num_threads);
+                  Index num_blocks, Where where) {
+  const nb::gil_scoped_release release;
+  const PayloadSlice to = payload.slice(format.bits, format.block);
+  where.run(BlockEncodeArgs{input, to, format, rounding}, num_blocks);
 }
 
+template <typename Where>
 void loco_encode(WindowArg grad, PayloadArg residual, PayloadArg payload, BlockFormat format,
-                 Rounding rounding, float beta, int residual_bits, Index num_blocks,
-                 int num_threads) {
-  const LocoEncodeArgs args{grad,
-                            residual.slice(residual_bits, format.block),
-                            payload.slice(format.bits, format.block),
-                            format,
-                            rounding,
-                            beta,
-                            residual_bits};
-  run(active_kernels().loco_encode, args, num_blocks, format.block, num_threads);
+                 Rounding rounding, float beta, int residual_bits, Index num_blocks, Where where) {
+  const nb::gil_scoped_release release;
+  const PayloadSlice kept = residual.slice(residual_bits, format.block);
+  const PayloadSlice to = payload.slice(format.bits, format.block);
+  where.run(LocoEncodeArgs{grad, kept, to, format, rounding, beta, residual_bits}, num_blocks);
 }
 
+template <typename Where>
 void block_decode(PayloadArg payload, WindowArg output, BlockFormat format, Index num_blocks,
-                  int num_threads) {
-  const BlockDecodeArgs args{payload.slice(format.bits, format.block), output, format};
-  run(active_kernels().block_decode, args, num_blocks, format.block, num_threads);
+                  Where where) {
+  const nb::gil_scoped_release release;
+  const PayloadSlice from = payload.slice(format.bits, format.block);
+  where.run(BlockDecodeArgs{from, output, format}, num_blocks);
 }
 
+template <typename Where>
 void decode_average(PayloadArg first, Index stride, int count, WindowArg output, BlockFormat format,
-                    Index num_blocks, int num_threads) {
-  const DecodeAverageArgs args{first.stack(format.bits, format.block, stride, count), output,
-                               format};
-  run(active_kernels().decode_average, args, num_blocks, format.block, num_threads);
+                    Index num_blocks, Where where) {
+  const nb::gil_scoped_release release;
+  const PayloadStack from = first.stack(format.bits, format.block, stride, count);
+  where.run(DecodeAverageArgs{from, output, format}, num_blocks);
 }
 
+template <typename Where>
 void decode_average_encode(PayloadArg first, Index stride, int count, BlockFormat format,
                            PayloadArg output, BlockFormat output_format, Index num_blocks,
-                           int num_threads) {
-  const DecodeAverageEncodeArgs args{first.stack(format.bits, format.block, stride, count), format,
-                                     output.slice(output_format.bits, output_format.block),
-                                     output_format};
-  run(active_kernels().decode_average_encode, args, num_blocks, format.block, num_threads);
+                           Where where) {
+  const nb::gil_scoped_release release;
+  const PayloadStack from = first.stack(format.bits, format.block, stride, count);
+  const PayloadSlice to = output.slice(output_format.bits, output_format.block);
+  where.run(DecodeAverageEncodeArgs{from, format, to, output_format}, num_blocks);
+}
+
+template <typename Where>
+void rescale(PayloadArg payload, Address ratio, BlockFormat format, Where where) {
+  const nb::gil_scoped_release release;
+  const PayloadSlice slice = payload.slice(format.bits, format.block);
+  const RescaleArgs args{slice.scales, reinterpret_cast<const float*>(ratio), format.bits};
+  where.run(args, payload.total_blocks);
+}
+
+template <typename Where>
+void define_ops(nb::module_& m) {
+  m.def("block_encode", &block_encode<Where>);
+  m.def("block_decode", &block_decode<Where>);
+  m.def("loco_encode", &loco_encode<Where>);
+  m.def("decode_average", &decode_average<Where>);
+  m.def("decode_average_encode", &decode_average_encode<Where>);
+  m.def("rescale", &rescale<Where>);
 }
 
 void copy_stream(Address from, Address to, Index numel) {
@@ -106,11 +174,16 @@ NB_MODULE(_C, m) {
   nb::class_<BlockFormat>(m, "BlockFormat").def(nb::init<int, int, bool>());
   nb::class_<Rounding>(m, "Rounding").def(nb::init<bool, std::uint64_t>());
 
-  m.def("block_encode", &block_encode);
-  m.def("block_decode", &block_decode);
-  m.def("loco_encode", &loco_encode);
-  m.def("decode_average", &decode_average);
-  m.def("decode_average_encode", &decode_average_encode);
+  nb::class_<Threads>(m, "Threads").def(nb::init<int>());
+  define_ops<Threads>(m);
+
+  // "none", "nvcc", or "shim", which takes addresses of the CPU.
+  m.attr("cuda") = COMMRT_CUDA_NAME;
+#if defined(COMMRT_CUDA)
+  nb::class_<Queue>(m, "Queue").def(nb::init<int, std::uintptr_t>());
+  define_ops<Queue>(m);
+  m.def("cuda_device_count", &cuda::device_count);
+#endif
 
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);

@@ -10,6 +10,7 @@ import pytest
 # Each names what the machine lacks; launch/test itself makes sure of everything else.
 ALLOWED_SKIPS = (
     "not run: no GPU",
+    "not run: one GPU only",
     "not run: no nvcc",
     "not run: CPU without AVX2",
     "not run: CPU without AVX-512",

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import torch.distributed as dist
 from torch import Tensor
 
+from commrt.collectives import order
 from commrt.collectives.torch_names import all_gather_single
 
 IN_TURN_BYTES = 64 << 10
@@ -34,7 +35,7 @@ def exchange_payloads(
         group: All ranks call.
     """
     owns = [own] * len(sizes)
-    if send.device.type == "cpu" and max(sizes) >= IN_TURN_BYTES:
+    if not order.is_queued(send.device) and max(sizes) >= IN_TURN_BYTES:
         _send_in_turn(received.split(owns), send.split(list(sizes)), group)
     else:
         dist.all_to_all_single(received, send, owns, list(sizes), group=group)
@@ -49,7 +50,8 @@ def gather_payloads(received: Tensor, send: Tensor, group: dist.ProcessGroup | N
         group: All ranks call.
     """
     world_size = dist.get_world_size(group)
-    if world_size == 2 and send.device.type == "cpu" and send.numel() >= IN_TURN_BYTES:
+    is_large = send.numel() >= IN_TURN_BYTES
+    if world_size == 2 and is_large and not order.is_queued(send.device):
         _send_in_turn(received.chunk(world_size), [send] * world_size, group)
     else:
         all_gather_single(received, send, group=group)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 
+from commrt.collectives import order
 from commrt.collectives.agreement import check_agreement
 from commrt.errors import ConfigError
 
@@ -51,7 +52,7 @@ class GroupMaker:
             dist.new_group(
                 list(ranks), timeout=self._timeout, use_local_synchronization=not is_world
             )
-            for _ in range(1 if self._device.type == "cuda" else 2)
+            for _ in range(1 if order.is_queued(self._device) else 2)
         ]
         return LegGroups(groups[0], groups[-1])
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from commrt.codecs import LowRankCodec, matrix_shape, orthonormal
-from commrt.collectives.reducer import Item, Reducer, is_zero, timed
+from commrt.collectives.reducer import Item, Reducer, has_elements, timed, update_
 from commrt.collectives.traffic import Traffic
 
 
@@ -55,10 +55,10 @@ class LowRankReducer:
         """See :class:`Averager`. Overwrites fp32 tensors."""
         small = [item for item in items if item.is_small]
         items = [item for item in items if not item.is_small]
-        held = [self.hold_zeros and is_zero(item.tensor) for item in items]
+        used = [not self.hold_zeros or has_elements(item.tensor) for item in items]
         with timed(traffic, "codec_s"):
-            pairs = zip(items, held, strict=True)
-            matrices = [self._compensated(item, is_held) for item, is_held in pairs]
+            pairs = zip(items, used, strict=True)
+            matrices = [self._compensated(item, is_used) for item, is_used in pairs]
             spans = [_basis(item) @ matrix.T for item, matrix in zip(items, matrices, strict=True)]
         if items:
             rows = self._rows(spans, items)
@@ -71,10 +71,10 @@ class LowRankReducer:
         send = self.values.encode(sections, traffic)
         with timed(traffic, "codec_s"):
             self.values.decode_sent(send, sections)
-            parts = zip(items, held, matrices, bases, values, strict=True)
-            for item, is_held, matrix, basis, sent in parts:
-                if not is_held:
-                    self._keep(item, matrix.addmm_(basis.T, sent, alpha=-1))
+            parts = zip(items, used, matrices, bases, values, strict=True)
+            for item, is_used, matrix, basis, sent in parts:
+                if is_used is not False:
+                    self._keep(item, matrix.addmm_(basis.T, sent, alpha=-1), is_used)
         return Sent(self.values.exchange(send, sections, traffic), bases, values)
 
     def gather_leg(self, received: Sent, items: Sequence[Item], traffic: Traffic) -> None:
@@ -91,24 +91,26 @@ class LowRankReducer:
                 else:
                     output.copy_(basis.T @ mean)
                 is_useful = mean.isfinite().all() & mean.any()
-                _update_(_basis(item), orthonormal(mean), is_useful)
+                update_(_basis(item), orthonormal(mean), is_useful)
 
-    def _compensated(self, item: Item, is_held: bool) -> Tensor:
+    def _compensated(self, item: Item, is_used: Tensor | bool) -> Tensor:
         matrix = _matrix(item).float()
-        if not is_held:
+        if is_used is not False:
             assert item.residual is not None
             scratch = self.values.scratch.take("error", 4 * matrix.numel(), matrix.device)
             error = scratch.view(torch.float32)
             self.codec.decode_residual(item.residual, error)
+            if is_used is not True:
+                error.mul_(is_used)
             matrix.add_(error.view_as(matrix))
         return matrix
 
-    def _keep(self, item: Item, error: Tensor) -> None:
+    def _keep(self, item: Item, error: Tensor, is_used: Tensor | bool) -> None:
         """Store the residual; one that is not finite leaves the former as it was."""
         assert item.residual is not None
         stored = self.values.scratch.take("stored", item.residual.numel(), error.device)
         self.codec.encode_residual(error.view(-1), stored, item.seed)
-        _update_(item.residual, stored, self.codec.is_finite(stored))
+        update_(item.residual, stored, self.codec.is_finite(stored) & is_used)
 
     def _rows(self, factors: Sequence[Tensor], items: Sequence[Item]) -> list[Item]:
         """The factors as items, a row each where blocks would straddle rows."""
@@ -128,12 +130,3 @@ def _matrix(item: Item) -> Tensor:
 def _basis(item: Item) -> Tensor:
     assert item.basis is not None
     return item.basis
-
-
-def _update_(old: Tensor, new: Tensor, condition: Tensor) -> None:
-    """Overwrite ``old`` where the condition, a scalar, holds; does not wait for a GPU to tell."""
-    if old.device.type == "cpu":
-        if condition:
-            old.copy_(new)
-    else:
-        old.copy_(torch.where(condition, new, old))

@@ -26,6 +26,11 @@ Leg = Callable[[], Any]
 SecondLeg = Callable[[Any], Tensor]
 
 
+def is_queued(device: torch.device) -> bool:
+    """Whether work on the device is queued on streams, so that to read a value is to wait."""
+    return device.type == "cuda"
+
+
 class Pipeline(abc.ABC):
     """Runs two-legged jobs in the order of submission."""
 

@@ -14,13 +14,14 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import BlockCodec, BlockwiseCodec, Codec, ExactCodec, NoopCodec
+from commrt.collectives import order
 from commrt.collectives.exchange import exchange_payloads, gather_payloads
 from commrt.collectives.layout import Layout, balanced
 from commrt.collectives.scratch import Scratch
@@ -64,6 +65,18 @@ class Section:
     gather: BlockwiseCodec
     items: Sequence[Item]
     layout: Layout
+
+
+class _Loan(NamedTuple):
+    """A residual to encode with, or a copy of it, which is kept if its gradient was used."""
+
+    residual: Tensor | None
+    is_used: Tensor | bool
+
+    def give_back(self, item: Item) -> None:
+        if item.residual is not None and self.residual is not item.residual:
+            assert self.residual is not None
+            update_(item.residual, self.residual, self.is_used)
 
 
 class Averager(Protocol):
@@ -144,15 +157,18 @@ class Reducer:
         device = next(item.tensor.device for part in sections for item in part.items)
         send = self.scratch.take("send", sum(sizes), device)
         with timed(traffic, "codec_s"):
-            residuals = [[self._residual(item) for item in part.items] for part in sections]
+            lent = [[self._lend(item) for item in part.items] for part in sections]
             for rank, slot in enumerate(send.split(sizes)):
-                for part, kept in zip(sections, residuals, strict=True):
+                for part, loans in zip(sections, lent, strict=True):
                     payload, slot = _cut(slot, part.layout, part.codec, rank)
                     for index, window in part.layout.shards[rank]:
-                        item = part.items[index]
+                        item, residual = part.items[index], loans[index].residual
                         part.codec.encode(
-                            item.tensor, payload, window, residual=kept[index], seed=item.seed
+                            item.tensor, payload, window, residual=residual, seed=item.seed
                         )
+            for part, loans in zip(sections, lent, strict=True):
+                for item, loan in zip(part.items, loans, strict=True):
+                    loan.give_back(item)
         return send
 
     def decode_sent(self, send: Tensor, sections: Sequence[Section]) -> None:
@@ -243,10 +259,14 @@ class Reducer:
             for rank in range(self.world_size)
         ]
 
-    def _residual(self, item: Item) -> Tensor | None:
-        if item.residual is None or not self.hold_zeros or not is_zero(item.tensor):
-            return item.residual
-        return torch.zeros_like(item.residual)
+    def _lend(self, item: Item) -> "_Loan":
+        """The residual to encode with: zeros for a gradient of zeros, if those are held back."""
+        if item.residual is None or not self.hold_zeros:
+            return _Loan(item.residual, True)
+        is_used = has_elements(item.tensor)
+        if is_used is True:
+            return _Loan(item.residual, True)
+        return _Loan(item.residual * is_used, is_used)
 
     def _average_into(
         self, received: Tensor, part: Section, codec: BlockwiseCodec, output: Tensor
@@ -299,9 +319,19 @@ def check_gather(codec: Codec, gather: Codec, name: str = "gather") -> Blockwise
     return gather
 
 
-def is_zero(tensor: Tensor) -> bool:
-    """Whether all elements are zero; waits for the device."""
-    return tensor.numel() == 0 or float(torch.linalg.vector_norm(tensor, ord=float("inf"))) == 0
+def has_elements(tensor: Tensor) -> Tensor | bool:
+    """Whether any element is not zero; on a GPU a scalar there, for which nobody waits."""
+    if order.is_queued(tensor.device):
+        return tensor.any()
+    return tensor.numel() > 0 and float(torch.linalg.vector_norm(tensor, ord=float("inf"))) != 0
+
+
+def update_(old: Tensor, new: Tensor, condition: Tensor | bool) -> None:
+    """Overwrite ``old`` where the condition, a scalar, holds; does not wait for a GPU to tell."""
+    if isinstance(condition, Tensor) and order.is_queued(condition.device):
+        old.copy_(torch.where(condition, new, old))
+    elif condition:
+        old.copy_(new)
 
 
 @contextmanager

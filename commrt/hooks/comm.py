@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import warnings
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -21,11 +22,12 @@ from commrt.collectives import (
     Traffic,
     check_agreement,
     find_nodes,
+    order,
     ring_all_reduce_bytes,
     share_of,
 )
 from commrt.errors import ConfigError
-from commrt.hooks.legs import Entry, Legs
+from commrt.hooks.legs import Entry, Legs, split_runs
 from commrt.hooks.registry import Registry
 from commrt.hooks.report import CommStats, format_report
 from commrt.hooks.residuals import Residuals, Shard, Unmatched
@@ -34,9 +36,6 @@ from commrt.hooks.wiring import Codecs, Nodes, Wiring, place
 from commrt.ops import FLOAT_DTYPES
 from commrt.ops.format import PAYLOAD_VERSION
 
-# Elements coded at a time: DDP's first bucket is the whole model, whose payloads would take memory
-# that no later step needs.
-MAX_RUN = 8 << 20
 SPARSE = "sparse gradient, its bytes not counted"
 
 
@@ -108,6 +107,7 @@ class Comm:
         self._newest_coded = -1
         self._is_detached = False
         self._world_size = 1
+        self._device_type = "cpu"
         self._wiring: Wiring | None = None
         self._legs: Legs | None = None
         self._pipeline: Pipeline | None = None
@@ -147,11 +147,13 @@ class Comm:
         parent = self.group or dist.group.WORLD
         assert parent is not None
         check_agreement(self._settings(), parent, device)
+        self._device_type = device.type
+        if device.type == "cuda" and ops.status("cuda").startswith("reference"):
+            warnings.warn(f"slow ops on {device}: {ops.status('cuda')}", stacklevel=3)
         self._world_size = dist.get_world_size(parent)
         self._wiring = Wiring(self.codecs, self._nodes, parent, device, self.may_have_unused)
         self._legs = Legs(self.codec, self._wiring, self._residuals, self.seed)
-        is_cuda = device.type == "cuda"
-        self._pipeline = StreamPipeline(device) if is_cuda else ThreadPipeline()
+        self._pipeline = StreamPipeline(device) if order.is_queued(device) else ThreadPipeline()
         weakref.finalize(self, self._pipeline.close, wait=False)
 
     def average(
@@ -183,7 +185,7 @@ class Comm:
             Entry(name, grad, parameter.shape, is_small=name in self._registry.exempt)
             for name, (parameter, grad) in zip(names, parts, strict=True)
         ]
-        for run in _runs(entries):
+        for run in split_runs(entries):
             future = pipeline.submit(
                 functools.partial(legs.reduce, run, step, rescale),
                 functools.partial(legs.gather, buffer),
@@ -227,7 +229,7 @@ class Comm:
             codecs=self.codecs,
             world_size=dist.get_world_size(self.group) if dist.is_initialized() else 1,
             nodes=None if self.hierarchy is None else self._nodes,
-            kernels=ops.status(),
+            kernels=ops.status(self._device_type),
             num_compressed=sum(self._registry.compressed.values()),
             exempt=self._registry.exempt,
             plain_reason=self._plain_reason(self._steps),
@@ -331,7 +333,7 @@ class Comm:
         scale = self._grad_scaler.scale(torch.ones((), device=device))
         assert isinstance(scale, Tensor)
         ratio, self._loss_scale = scale / self._loss_scale.to(device), scale
-        return None if device.type == "cpu" and ratio == 1 else ratio
+        return None if not order.is_queued(device) and ratio == 1 else ratio
 
     def _begin(self, device: torch.device, is_last: bool) -> tuple[int, Legs, Pipeline]:
         """The step of a bucket, counted, and what averages it."""
@@ -391,19 +393,6 @@ class Comm:
         """The ranks of each node, counted within the group."""
         ranks = sorted(rank for node in self._nodes for rank in node)
         return [[ranks.index(rank) for rank in node] for node in self._nodes]
-
-
-def _runs(entries: list[Entry]) -> list[list[Entry]]:
-    """Consecutive entries of at most MAX_RUN elements together, or one larger; at least one run."""
-    runs: list[list[Entry]] = [[]]
-    numel = 0
-    for entry in entries:
-        if runs[-1] and numel + entry.grad.numel() > MAX_RUN:
-            runs.append([])
-            numel = 0
-        runs[-1].append(entry)
-        numel += entry.grad.numel()
-    return runs
 
 
 def _completed(result: Tensor) -> Future[Tensor]:

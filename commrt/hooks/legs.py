@@ -8,9 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import Codec, LocoCodec, derive_seed
-from commrt.collectives import Item, Traffic, all_reduce_exact_
+from commrt.collectives import Item, Traffic, all_reduce_exact_, order
 from commrt.hooks.residuals import Residuals
 from commrt.hooks.wiring import Wiring
+
+# Elements coded at a time: DDP's first bucket is the whole model, whose payloads would take memory
+# that no later step needs.
+MAX_RUN = 8 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +25,19 @@ class Entry:
     grad: Tensor
     shape: torch.Size
     is_small: bool
+
+
+def split_runs(entries: list[Entry]) -> list[list[Entry]]:
+    """Consecutive entries of at most MAX_RUN elements together, or one larger; at least one run."""
+    runs: list[list[Entry]] = [[]]
+    numel = 0
+    for entry in entries:
+        if runs[-1] and numel + entry.grad.numel() > MAX_RUN:
+            runs.append([])
+            numel = 0
+        runs[-1].append(entry)
+        numel += entry.grad.numel()
+    return runs
 
 
 class Legs:
@@ -68,6 +85,8 @@ class Legs:
         ``rescale``, where a step begins, is how much larger its gradients are than those before.
         """
         if rescale is not None:
+            if order.is_queued(rescale.device):  # else backward's stream could reuse its memory
+                rescale.record_stream(torch.cuda.current_stream(rescale.device))
             self._residuals.rescale_(rescale)
         if isinstance(self._codec, LocoCodec) and self._codec.is_reset(step):
             self._residuals.reset([entry.name for entry in entries])

@@ -6,14 +6,15 @@ whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tenso
 :mod:`commrt.ops.format`, the specification of each op in :mod:`commrt.ops.reference`.
 
 Flat tensors are 1-D, contiguous, fp32, bf16 or fp16; payloads 1-D contiguous uint8. Arithmetic is
-fp32. Anything else raises ``ConfigError`` (a ``ValueError``).
+fp32. Anything else raises ``ConfigError`` (a ``ValueError``). Arrays of numpy, cupy and other
+libraries that speak DLPack serve as well; their memory is shared, not copied.
 """
 
 import torch
 from torch import Tensor
 
 from commrt.errors import ConfigError
-from commrt.ops import reference
+from commrt.ops.arrays import takes_arrays
 from commrt.ops.format import MAX_BETA, BlockFormat
 from commrt.ops.native import status
 
@@ -31,6 +32,7 @@ __all__ = [
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@takes_arrays("payload")
 def block_encode(
     input: Tensor,
     payload: Tensor,
@@ -76,6 +78,7 @@ def block_encode(
     )
 
 
+@takes_arrays("output")
 def block_decode(
     payload: Tensor,
     output: Tensor,
@@ -101,6 +104,7 @@ def block_decode(
     )
 
 
+@takes_arrays("residual", "payload")
 def loco_encode(
     grad: Tensor,
     residual: Tensor,
@@ -174,6 +178,7 @@ def loco_encode(
     )
 
 
+@takes_arrays("payload")
 def rescale_(payload: Tensor, ratio: Tensor, fmt: BlockFormat) -> None:
     """Multiply every element of a payload, by multiplying its scales, in place.
 
@@ -187,9 +192,15 @@ def rescale_(payload: Tensor, ratio: Tensor, fmt: BlockFormat) -> None:
     Cost: reads and writes 2 bytes a block.
     """
     _check_payload("payload", payload, fmt)
-    reference.rescale_(payload, ratio, fmt.bits, fmt.block)
+    if ratio.dtype != torch.float32 or ratio.numel() != 1 or ratio.device != payload.device:
+        raise ConfigError(
+            f"ratio is {ratio.dtype} {tuple(ratio.shape)} on {ratio.device}: must be a float32 "
+            f"scalar on {payload.device}"
+        )
+    torch.ops.commrt.rescale_(payload, ratio, fmt.bits, fmt.block)
 
 
+@takes_arrays("output")
 def decode_average(
     payloads: Tensor, output: Tensor, fmt: BlockFormat, *, first_block: int = 0
 ) -> None:
@@ -215,6 +226,7 @@ def decode_average(
     torch.ops.commrt.decode_average(payloads, output, fmt.bits, fmt.block, first_block, num_blocks)
 
 
+@takes_arrays("output")
 def decode_average_encode(
     payloads: Tensor, output: Tensor, fmt: BlockFormat, output_fmt: BlockFormat
 ) -> None:

@@ -1,12 +1,15 @@
 """Loads the native module and registers its kernels with torch.
 
 Every op is a ``torch.ops.commrt`` operator whose default kernel is :mod:`commrt.ops.reference`; on
-CPU tensors the native kernel replaces it. The operators take plain integers and tensors, mutate
-their output in place, and can be traced.
+CPU tensors the native kernel replaces it, and on CUDA tensors where the module was built with nvcc.
+The operators take plain integers and tensors, mutate their output in place, and can be traced; on a
+GPU they are queued on torch's current stream of the tensor's device.
 """
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 import torch
@@ -30,6 +33,7 @@ _SCHEMAS = (
     "int num_blocks) -> ()",
     "decode_average_encode(Tensor payloads, Tensor(a!) output, int bits, int block, "
     "int output_bits, bool output_mean_levels, int num_blocks) -> ()",
+    "rescale_(Tensor(a!) payload, Tensor ratio, int bits, int block) -> ()",
 )
 
 
@@ -57,20 +61,49 @@ if native is None:
     )
 
 
-def status() -> str:
-    """Which kernels serve CPU tensors, for reports: ``"native avx512"`` or the reason for none."""
+def status(device_type: str = "cpu") -> str:
+    """Which kernels serve tensors there, for reports: ``"native avx512"``, or why none do."""
     if native is None:
         return f"reference ({missing_reason})"
+    if device_type == "cuda":
+        is_built = native.cuda == "nvcc"
+        return "native cuda" if is_built else "reference (built without CUDA: COMMRT_CUDA=ON)"
     return f"native {native.active_isa()}"
 
 
-def _window(native: ModuleType, flat: Tensor, block: int, first_block: int) -> object:
-    first = first_block * block
-    address = flat.data_ptr() + first * flat.element_size()
-    return native.Window(address, _DTYPE_CODE[flat.dtype], flat.numel() - first, first)
+_is_through_shim = False
+
+
+@contextlib.contextmanager
+def through_shim() -> Iterator[None]:
+    """Serve CPU tensors by the CUDA kernels, in a module built with ``COMMRT_CUDA=SHIM``.
+
+    Raises:
+        ConfigError: The module is another one.
+    """
+    global _is_through_shim
+    if native is None or native.cuda != "shim":
+        built = missing_reason if native is None else f"COMMRT_CUDA={native.cuda}"
+        raise ConfigError(f"the native module has {built}: must be built with COMMRT_CUDA=SHIM")
+    _is_through_shim = True
+    try:
+        yield
+    finally:
+        _is_through_shim = False
 
 
 def _register_native(library: torch.library.Library, native: ModuleType) -> None:
+    def where(tensor: Tensor) -> object:
+        if tensor.is_cuda:
+            stream = torch.cuda.current_stream(tensor.device).cuda_stream
+            return native.Queue(tensor.get_device(), stream)
+        return native.Queue(0, 0) if _is_through_shim else native.Threads(torch.get_num_threads())
+
+    def window(flat: Tensor, block: int, first_block: int) -> object:
+        first = first_block * block
+        address = flat.data_ptr() + first * flat.element_size()
+        return native.Window(address, _DTYPE_CODE[flat.dtype], flat.numel() - first, first)
+
     def payload(data: Tensor, bits: int, block: int, at_block: int) -> object:
         block_bytes = block * bits // 8 + SCALE_BYTES
         return native.Payload(data.data_ptr(), data.numel() // block_bytes, at_block)
@@ -87,12 +120,12 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
         at_block: int,
     ) -> None:
         native.block_encode(
-            _window(native, input, block, first_block),
+            window(input, block, first_block),
             payload(output, bits, block, at_block),
             native.BlockFormat(bits, block, mean_levels),
             native.Rounding(seed is not None, seed or 0),
             num_blocks,
-            torch.get_num_threads(),
+            where(input),
         )
 
     def block_decode(
@@ -106,10 +139,10 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
     ) -> None:
         native.block_decode(
             payload(data, bits, block, at_block),
-            _window(native, output, block, first_block),
+            window(output, block, first_block),
             native.BlockFormat(bits, block, False),
             num_blocks,
-            torch.get_num_threads(),
+            where(data),
         )
 
     def loco_encode(
@@ -128,7 +161,7 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
         at_block: int,
     ) -> None:
         native.loco_encode(
-            _window(native, grad, block, first_block),
+            window(grad, block, first_block),
             payload(residual, residual_bits, block, first_block),
             payload(output, bits, block, at_block),
             native.BlockFormat(bits, block, mean_levels),
@@ -136,7 +169,7 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
             beta,
             residual_bits,
             num_blocks,
-            torch.get_num_threads(),
+            where(grad),
         )
 
     def decode_average(
@@ -146,10 +179,10 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
             native.Payload(payloads.data_ptr(), num_blocks, 0),
             payloads.stride(0),
             payloads.shape[0],
-            _window(native, output, block, first_block),
+            window(output, block, first_block),
             native.BlockFormat(bits, block, False),
             num_blocks,
-            torch.get_num_threads(),
+            where(payloads),
         )
 
     def decode_average_encode(
@@ -169,12 +202,29 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
             payload(output, output_bits, block, 0),
             native.BlockFormat(output_bits, block, output_mean_levels),
             num_blocks,
-            torch.get_num_threads(),
+            where(payloads),
         )
 
-    kernels = (block_encode, block_decode, loco_encode, decode_average, decode_average_encode)
+    def rescale_(data: Tensor, ratio: Tensor, bits: int, block: int) -> None:
+        native.rescale(
+            payload(data, bits, block, 0),
+            ratio.data_ptr(),
+            native.BlockFormat(bits, block, False),
+            where(data),
+        )
+
+    kernels = (
+        block_encode,
+        block_decode,
+        loco_encode,
+        decode_average,
+        decode_average_encode,
+        rescale_,
+    )
     for kernel in kernels:
         library.impl(kernel.__name__, kernel, "CPU")
+        if native.cuda == "nvcc":
+            library.impl(kernel.__name__, kernel, "CUDA")
 
 
 def _register() -> torch.library.Library:

@@ -100,11 +100,11 @@ def rescale_(payload: Tensor, ratio: Tensor, bits: int, block: int) -> None:
     """See :func:`commrt.ops.rescale_`."""
     fmt = BlockFormat(bits=bits, block=block)
     codes_bytes = payload.numel() // fmt.block_bytes * fmt.code_bytes
-    scale_B = payload[codes_bytes:].view(torch.bfloat16)
+    scale_B = payload[codes_bytes:].clone().view(torch.bfloat16)
     limits = torch.finfo(torch.bfloat16)
     largest = limits.max / (1 << (bits - 1))  # so that no code times it overflows
     scaled_B = (scale_B.float() * ratio).clamp(max=largest).bfloat16()
-    scale_B.copy_(torch.where(scaled_B < limits.tiny, 0, scaled_B))
+    payload[codes_bytes:] = torch.where(scaled_B < limits.tiny, 0, scaled_B).view(torch.uint8)
 
 
 def decode_average(

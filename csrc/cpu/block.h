@@ -7,7 +7,7 @@
 #include <cstring>
 
 #include "../math/scale.h"
-#include "ops.h"
+#include "../ops.h"
 #include "simd.h"
 
 namespace commrt::COMMRT_ISA {
@@ -190,26 +190,6 @@ COMMRT_PHASE void encode_tile(const float* value, int block, int count, const Ti
     encode_block<bits>(value + b * block, block, scales.scale[b], scales.inverse[b],
                        rounding.draw(draws, block, b),
                        payload.codes + (first + b) * code_bytes(bits, block));
-  }
-}
-
-// Call body.template operator()<bits>() for the run-time number of bits.
-template <typename Body>
-COMMRT_INLINE void with_bits(int bits, Body body) {
-  switch (bits) {
-    case 1: return body.template operator()<1>();
-    case 2: return body.template operator()<2>();
-    case 4: return body.template operator()<4>();
-    default: return body.template operator()<8>();
-  }
-}
-
-template <typename Body>
-COMMRT_INLINE void with_dtype(DType dtype, Body body) {
-  switch (dtype) {
-    case DType::kBFloat16: return body.template operator()<DType::kBFloat16>();
-    case DType::kFloat16: return body.template operator()<DType::kFloat16>();
-    default: return body.template operator()<DType::kFloat32>();
   }
 }
 

@@ -4,7 +4,7 @@
 #include <string>
 #include <vector>
 
-#include "ops.h"
+#include "kernels.h"
 
 namespace commrt {
 

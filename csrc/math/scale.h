@@ -43,4 +43,12 @@ COMMRT_HD float inverse_scale(std::uint16_t scale) {
   return scale == 0 ? 0.0f : 1.0f / bf16_to_float(scale);
 }
 
+// scale * ratio, rounded to nearest even, such that no code times it overflows.
+COMMRT_HD std::uint16_t rescaled(std::uint16_t scale, float ratio, int bits) {
+  const float largest = 3.38953139e+38f / static_cast<float>(1 << (bits - 1));
+  const float product = bf16_to_float(scale) * ratio;
+  const std::uint16_t rounded = float_to_bf16(product > largest ? largest : product);
+  return rounded < 0x0080u ? std::uint16_t{0} : rounded;
+}
+
 }  // namespace commrt

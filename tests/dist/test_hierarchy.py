@@ -153,7 +153,7 @@ def buckets_do_not_matter() -> None:
         ):
             model = wrap(no_bias(), **options)
             comm = commrt.attach(model, codec, hierarchy=2, intra=intra, min_numel=1)
-            with mock.patch("commrt.hooks.comm.MAX_RUN", max_run):
+            with mock.patch("commrt.hooks.legs.MAX_RUN", max_run):
                 train(model, range(3))
             assert comm.stats().exact_bytes == 0
             found.append(weights_and_residuals(model, comm))

@@ -219,7 +219,7 @@ def memory_in_buckets() -> dict[str, float]:
     for name, case in cases.items():
         most, largest = payload_memory(*case)
         shares[name] = most / largest
-    with mock.patch("commrt.hooks.comm.MAX_RUN", 256 * 256):
+    with mock.patch("commrt.hooks.legs.MAX_RUN", 256 * 256):
         most, _ = payload_memory(torch.float32, 25)
         shares["one run"] = most / (256 * 256 * 4)
     return shares

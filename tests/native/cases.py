@@ -1,8 +1,9 @@
 """What tests of the ops share: every path at once, awkward tensors, payloads read bit by bit."""
 
 import functools
+import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -14,8 +15,12 @@ from torch import Tensor
 from commrt import _C, ops
 from commrt.ops import BlockFormat, reference
 from commrt.ops.format import BLOCKS
+from commrt.ops.native import through_shim
 
-OPS = ("block_encode", "block_decode", "loco_encode", "decode_average", "decode_average_encode")
+OPS = (
+    *("block_encode", "block_decode", "loco_encode", "decode_average", "decode_average_encode"),
+    "rescale_",
+)
 KINDS = ((1, "mean"), (2, "absmax"), (2, "mean"), (4, "absmax"), (8, "absmax"))
 FILL = 0xA5  # what payloads hold before an op writes to them
 
@@ -44,6 +49,19 @@ def using_isa(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def using_cuda(seed: int) -> Iterator[None]:
+    """Inside it the CUDA kernels run through the shim, in an order drawn from the seed."""
+    with through_shim(), mock.patch.dict(os.environ, COMMRT_SHIM_SEED=str(seed)):
+        yield
+
+
+def paths() -> dict[str, AbstractContextManager[None]]:
+    """Every way to run an op, by its name."""
+    cuda = {f"cuda, order {seed}": using_cuda(seed) for seed in (0, 1)}
+    return {isa: using_isa(isa) for isa in _C.available_isas()} | cuda
+
+
+@contextmanager
 def using_specification() -> Iterator[None]:
     """Inside it the ops run on commrt.ops.reference."""
     with mock.patch.multiple(torch.ops.commrt, **{op: getattr(reference, op) for op in OPS}):
@@ -51,24 +69,24 @@ def using_specification() -> Iterator[None]:
 
 
 def run_everywhere(op: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-    """Run an op by its specification, and assert that every CPU path leaves the same bits.
+    """Run an op by its specification, and assert that every path leaves the same bits.
 
     Compared is all memory behind every tensor given, so a write outside of a window, or to an
     input, is a difference too. NaNs are equal to each other, whatever their payload bits.
     """
     results = []
-    for isa in _C.available_isas():
+    for path, use in paths().items():
         copied_args = [_copy(value) for value in args]
         copied_kwargs = {key: _copy(value) for key, value in kwargs.items()}
-        with using_isa(isa):
+        with use:
             op(*copied_args, **copied_kwargs)
-        results.append((isa, [*copied_args, *copied_kwargs.values()]))
+        results.append((path, [*copied_args, *copied_kwargs.values()]))
     with using_specification():
         op(*args, **kwargs)
-    for isa, copies in results:
+    for path, copies in results:
         for copy, expected in zip(copies, [*args, *kwargs.values()], strict=True):
             if isinstance(expected, Tensor):
-                assert_same_bits(_memory(copy), _memory(expected), isa)
+                assert_same_bits(_memory(copy), _memory(expected), path)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, where: str = "") -> None:

@@ -65,10 +65,10 @@ def test_the_specification_computes_philox(seed: int, stream: int) -> None:
     assert [tuple(row) for row in found.tolist()] == expected
 
 
-@pytest.mark.parametrize("isa", _C.available_isas())
+@pytest.mark.parametrize("path", cases.paths())
 @pytest.mark.parametrize("first_index", [0, 32, 96, 2**32 - 32, 2**34 - 64, 2**34 - 32, 2**40 + 32])
 @pytest.mark.parametrize("block", [32, 1024])
-def test_the_kernels_draw_these_numbers(isa: str, first_index: int, block: int) -> None:
+def test_the_kernels_draw_these_numbers(path: str, first_index: int, block: int) -> None:
     """Codes: bit-identical to rounding by the specification's numbers, also past 2**34 elements.
 
     There the low counter word carries into the high one. No tensor is that long, so this calls the
@@ -79,14 +79,15 @@ def test_the_kernels_draw_these_numbers(isa: str, first_index: int, block: int) 
     flat = torch.linspace(-100, 127, numel)
     flat[::block] = 127.0  # every scale is one
     payload = cases.empty_payload(fmt, 4)
-    with cases.using_isa(isa):
+    where = _C.Queue(0, 0) if path.startswith("cuda") else _C.Threads(1)
+    with cases.paths()[path]:
         _C.block_encode(
             _C.Window(flat.data_ptr(), 0, numel, first_index),
             _C.Payload(payload.data_ptr(), 4, 0),
             _C.BlockFormat(8, block, False),
             _C.Rounding(True, seed),
             4,
-            1,
+            where,
         )
     counter = torch.arange(first_index // 4, (first_index + numel) // 4)
     drawn = reference.philox(seed, reference.STREAM_CODES, counter).view(-1)

@@ -26,6 +26,7 @@ def arguments(name: str) -> tuple[Any, ...]:
         "loco_encode": (flat, residual, empty, 4, 32, False, 0.8, 8, False, 0, 0, 4, 0),
         "decode_average": (payloads, torch.zeros(100), 4, 32, 0, 4),
         "decode_average_encode": (payloads, empty, 4, 32, 4, False, 4),
+        "rescale_": (payloads[0].clone(), torch.tensor(0.5), 4, 32),
     }[name]
 
 
@@ -41,6 +42,7 @@ def step(grad: Tensor, residual: Tensor, payloads: Tensor, mean: Tensor, recoded
     ops.loco_encode(grad, residual, payloads[1], FMT)
     ops.decode_average(payloads, mean, FMT)
     ops.decode_average_encode(payloads, recoded, FMT, RESIDUAL_FMT)
+    ops.rescale_(recoded, torch.tensor(0.5), RESIDUAL_FMT)
     ops.block_decode(recoded, grad, RESIDUAL_FMT)
     return grad + mean
 

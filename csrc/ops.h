@@ -1,10 +1,13 @@
-// The ops as the bindings see them: plain pointers, whole tensors or windows of whole blocks.
-// Each has the same name in commrt/ops/reference.py, which is its specification.
+// What the ops take, on every device: plain pointers, whole tensors or windows of whole blocks.
+// Each op has the same name in commrt/ops/reference.py, which is its specification.
 #pragma once
 
 #include <cstdint>
 
-#include "../math/float_bits.h"
+#include "math/float_bits.h"
+
+// Internal linkage, for the reason given in float_bits.h.
+#define COMMRT_HOST static inline __attribute__((always_inline, unused))
 
 namespace commrt {
 
@@ -78,17 +81,31 @@ struct DecodeAverageEncodeArgs {
   BlockFormat output_format;
 };
 
-// Kernels of one instruction set; each works on blocks [begin, end).
-struct Kernels {
-  const char* isa;
-  void (*block_encode)(const BlockEncodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*block_decode)(const BlockDecodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*loco_encode)(const LocoEncodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*decode_average)(const DecodeAverageArgs&, std::int64_t begin, std::int64_t end);
-  void (*decode_average_encode)(const DecodeAverageEncodeArgs&, std::int64_t begin,
-                                std::int64_t end);
-  void (*copy_stream)(const float* from, float* to, std::int64_t numel);
-  float (*read)(const float* from, std::int64_t numel);
+// Scales of whole payloads; `ratio` lies where they do.
+struct RescaleArgs {
+  std::uint16_t* scales;
+  const float* ratio;
+  int bits;
 };
+
+// Call body.template operator()<bits>() for the run-time number of bits.
+template <typename Body>
+COMMRT_HOST void with_bits(int bits, Body body) {
+  switch (bits) {
+    case 1: return body.template operator()<1>();
+    case 2: return body.template operator()<2>();
+    case 4: return body.template operator()<4>();
+    default: return body.template operator()<8>();
+  }
+}
+
+template <typename Body>
+COMMRT_HOST void with_dtype(DType dtype, Body body) {
+  switch (dtype) {
+    case DType::kBFloat16: return body.template operator()<DType::kBFloat16>();
+    case DType::kFloat16: return body.template operator()<DType::kFloat16>();
+    default: return body.template operator()<DType::kFloat32>();
+  }
+}
 
 }  // namespace commrt

@@ -1,0 +1,25 @@
+// The ops on a GPU: queued on a stream, without allocating or waiting. Pointers are the device's.
+#pragma once
+
+#include "../ops.h"
+
+namespace commrt::cuda {
+
+// The ordinal of a device, and a stream of its primary context, as torch.cuda.Stream.cuda_stream.
+struct Queue {
+  int device;
+  std::uintptr_t stream;
+};
+
+void block_encode(const BlockEncodeArgs& args, std::int64_t num_blocks, Queue queue);
+void block_decode(const BlockDecodeArgs& args, std::int64_t num_blocks, Queue queue);
+void loco_encode(const LocoEncodeArgs& args, std::int64_t num_blocks, Queue queue);
+void decode_average(const DecodeAverageArgs& args, std::int64_t num_blocks, Queue queue);
+void decode_average_encode(const DecodeAverageEncodeArgs& args, std::int64_t num_blocks,
+                           Queue queue);
+void rescale(const RescaleArgs& args, std::int64_t num_blocks, Queue queue);
+
+// Devices there are; 0 without a driver, and through the shim.
+int device_count();
+
+}  // namespace commrt::cuda

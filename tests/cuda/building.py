@@ -1,0 +1,142 @@
+"""Builds csrc/checks/kernel_check.cpp: every CUDA kernel through the shim, beside the CPU's.
+
+Objects stay in build/checks, by a digest of all they depend on; workers wait for each other.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+BUILD = ROOT / "build/checks"
+CXX = os.environ.get("CXX", "g++")
+CXX_FLAGS = (
+    "-std=c++20",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
+    "-pthread",
+)
+CPU_FLAGS = ("-O2", "-DCOMMRT_ISA=portable", "-Wno-psabi")
+TIERS = {
+    "plain": ("-O2",),
+    "asan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "tsan": ("-O1", "-g", "-fsanitize=thread"),
+    "coverage": ("-O0", "--coverage"),
+}
+OPS = (
+    *("block_decode", "block_encode", "decode_average", "decode_average_encode"),
+    *("loco_encode", "rescale"),
+)
+
+
+def check_program(tier: str) -> Path:
+    """The program as this tier builds it."""
+    folder = folder_of(tier)
+    with built_once(folder) as is_built:
+        if not is_built:
+            sources = [*cuda_sources(CSRC), *shim_sources(CSRC), CSRC / "checks/kernel_check.cpp"]
+            objects = compile_all(sources, TIERS[tier], folder)
+            link([*objects, *_cpu_objects()], TIERS[tier], folder / "kernel_check")
+    return folder / "kernel_check"
+
+
+def mutant_program(tier: str, csrc: Path, ops: Sequence[str], folder: Path) -> Path:
+    """The program with the kernels of these ops from another copy of the sources."""
+    check_program(tier)
+    changed = [csrc / f"cuda/{op}.cu" for op in ops]
+    objects = compile_all(changed, TIERS[tier], folder)
+    names = {built.name for built in objects}
+    objects += [built for built in folder_of(tier).glob("*.o") if built.name not in names]
+    return link([*objects, *_cpu_objects()], TIERS[tier], folder / "kernel_check")
+
+
+def cuda_sources(csrc: Path) -> list[Path]:
+    return sorted((csrc / "cuda").glob("*.cu"))
+
+
+def shim_sources(csrc: Path) -> list[Path]:
+    return sorted((csrc / "shim").glob("*.cpp"))
+
+
+def compile_all(sources: Sequence[Path], flags: Sequence[str], folder: Path) -> list[Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: Path) -> Path:
+        built = folder / f"{source.parent.name}-{source.stem}.o"
+        run([CXX, *CXX_FLAGS, *flags, "-xc++", "-c", source, "-o", built])
+        return built
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, sources))
+
+
+def link(objects: Sequence[Path], flags: Sequence[str], program: Path) -> Path:
+    run([CXX, *flags, "-pthread", *objects, "-o", program])
+    return program
+
+
+def run(command: Sequence[str | Path], **environment: str) -> str:
+    """Run a command that must succeed; its output, both streams."""
+    found = attempt(command, **environment)
+    assert found.returncode == 0, f"{' '.join(map(str, command))}\n{found.stdout}"
+    return found.stdout
+
+
+def attempt(command: Sequence[str | Path], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; cmake and ninja are those of this Python's environment."""
+    tools = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": tools, **environment}
+    return subprocess.run(
+        command, stdout=-1, stderr=subprocess.STDOUT, text=True, check=False, env=environment
+    )
+
+
+def _cpu_objects() -> list[Path]:
+    folder = folder_of("cpu")
+    with built_once(folder) as is_built:
+        if not is_built:
+            names = ("bandwidth", "dispatch", "thread_pool")
+            sources = [path for path in (CSRC / "cpu").glob("*.cpp") if path.stem not in names]
+            compile_all(sources, CPU_FLAGS, folder)
+    return sorted(folder.glob("*.o"))
+
+
+def folder_of(kind: str) -> Path:
+    return BUILD / f"{kind}-{digest(kind)}"
+
+
+def digest(kind: str) -> str:
+    """Of the sources, the flags and the compiler."""
+    total = hashlib.blake2b(digest_size=8)
+    version = subprocess.run([CXX, "--version"], capture_output=True, check=True).stdout
+    total.update(repr((CXX_FLAGS, CPU_FLAGS, TIERS.get(kind), version)).encode())
+    for path in sorted(CSRC.rglob("*")):
+        if path.is_file():
+            total.update(str(path.relative_to(CSRC)).encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+@contextlib.contextmanager
+def built_once(folder: Path) -> Iterator[bool]:
+    """Whether the folder is there already; if not, it is when this ends without an exception."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    kind = folder.name.partition("-")[0]
+    with (BUILD / f"{kind}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        is_built = (folder / "done").exists()
+        if not is_built:
+            for former in BUILD.glob(f"{kind}-*"):
+                shutil.rmtree(former)
+        yield is_built
+        (folder / "done").touch()

@@ -1,0 +1,113 @@
+"""On a real GPU: kernels, streams and NCCL. Skipped without one, and never yet run.
+
+Bit-identical: payloads, residuals and means with the CPU's kernels; weights and residuals of a DDP
+run over NCCL with the same run over gloo, but for the sum that DDP itself makes of small tensors,
+which both send in fp32.
+"""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import commrt
+from commrt import ops
+from commrt.ops import FLOAT_DTYPES, BlockFormat
+from commrt.ops.native import native
+from commrt.testing import run_ranks
+from tests.native import cases
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("fmt", cases.formats(), ids=cases.format_id)
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+def test_kernels_give_the_bits_of_the_cpu(fmt: BlockFormat, dtype: torch.dtype) -> None:
+    assert native.cuda == "nvcc", "build with COMMRT_CUDA=ON"
+    for index, numel in enumerate([*cases.sizes(fmt.block)[1:], 1 << 20]):
+        flat = cases.sample(numel, fmt.block, dtype, seed=index)
+        expected, found = (every_op(flat.to(device), fmt) for device in ("cpu", "cuda"))
+        for wanted, got in zip(expected, found, strict=True):
+            cases.assert_same_bits(got.cpu(), wanted)
+
+
+def every_op(flat: Tensor, fmt: BlockFormat) -> list[Tensor]:
+    """All that the ops write."""
+    blocks = fmt.num_blocks(flat.numel())
+    back = BlockFormat(bits=8, block=fmt.block)
+
+    def zeros(of: BlockFormat) -> Tensor:
+        return torch.zeros(of.payload_bytes(blocks), dtype=torch.uint8, device=flat.device)
+
+    payload, sent, residual, returned = zeros(fmt), zeros(fmt), zeros(back), zeros(back)
+    output, mean = torch.zeros_like(flat), torch.zeros_like(flat)
+    ops.block_encode(flat, payload, fmt, seed=None if fmt.bits == 1 else 5)
+    for _ in range(2):
+        ops.loco_encode(flat, residual, sent, fmt)
+    ops.block_decode(payload, output, fmt)
+    stack = torch.stack((payload, sent, payload))
+    ops.decode_average(stack, mean, fmt)
+    ops.decode_average_encode(stack, returned, fmt, back)
+    written = [payload, sent, residual.clone(), output, mean, returned]
+    ops.rescale_(residual, torch.tensor(0.3, device=flat.device), back)
+    return [*written, residual]
+
+
+def trained(device_type: str) -> list[Tensor]:
+    """Weights and residuals after a few steps of a model whose gradients are its inputs."""
+    device = torch.device(device_type, dist.get_rank() if device_type == "cuda" else None)
+    if device_type == "cuda":
+        torch.cuda.set_device(device)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    model = DistributedDataParallel(Sum().to(device), bucket_cap_mb=1)
+    comm = commrt.attach(model)
+    for _ in range(4):
+        inputs = [torch.randn(w.shape, generator=generator) for w in model.module.weights]
+        model.zero_grad()
+        model([values.to(device) for values in inputs]).backward()
+        with torch.no_grad():
+            for weight in model.module.weights:
+                weight.sub_(weight.grad)
+    kept = comm.state_dict()["residuals"]
+    return [value.cpu() for value in (*model.module.weights, *kept.values())]
+
+
+class Sum(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.zeros(700, 600) for _ in range(6))
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return sum((w * x).sum() for w, x in zip(self.weights, inputs, strict=True))
+
+
+def test_nccl_trains_like_gloo() -> None:
+    world_size = torch.cuda.device_count()
+    if world_size < 2:
+        pytest.skip("not run: one GPU only")
+    over_gloo = run_ranks(trained, "cpu", world_size=world_size)
+    over_nccl = run_ranks(trained, "cuda", world_size=world_size, backend="nccl")
+    for expected, found in zip(over_gloo, over_nccl, strict=True):
+        for wanted, got in zip(expected, found, strict=True):
+            cases.assert_same_bits(got, wanted)
+
+
+def test_the_host_does_not_wait_for_the_gpu() -> None:
+    """Nor allocate: every op is captured in a CUDA graph, and replayed."""
+    fmt, back = BlockFormat(bits=4, block=128), BlockFormat(bits=8, block=128)
+    grad = torch.randn(100_000, device="cuda")
+    blocks = fmt.num_blocks(grad.numel())
+    payload = torch.zeros(fmt.payload_bytes(blocks), dtype=torch.uint8, device="cuda")
+    residual = torch.zeros(back.payload_bytes(blocks), dtype=torch.uint8, device="cuda")
+    expected = payload.clone(), residual.clone()
+    for _ in range(2):
+        ops.loco_encode(grad, expected[1], expected[0], fmt)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.loco_encode(grad, residual, payload, fmt)
+    residual.zero_()
+    for _ in range(2):
+        graph.replay()
+    assert torch.equal(payload, expected[0])
+    assert torch.equal(residual, expected[1])

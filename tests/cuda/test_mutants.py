@@ -1,0 +1,178 @@
+"""Tier 5: seeded mistakes in the kernels, each of which a named tier has to catch.
+
+So the tiers are known to be able to fail.
+"""
+
+import dataclasses
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cuda.building import CSRC, mutant_program
+
+DIFFERENT, RACE, OVERFLOW = "DIFFERENT", "data race", "heap-buffer-overflow"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mutant:
+    """A mistake: text of a file of csrc/cuda replaced, and what the tier says of it."""
+
+    tier: str
+    op: str
+    file: str
+    old: str
+    new: str
+    says: str
+
+
+MUTANTS = {
+    "no barrier between staging and summing": Mutant(
+        tier="tsan",
+        op="block_encode",
+        file="tile.cuh",
+        old="  __syncwarp();\n  const auto column",
+        new="  const auto column",
+        says=RACE,
+    ),
+    "no barrier before staging anew": Mutant(
+        tier="tsan",
+        op="block_encode",
+        file="tile.cuh",
+        old="  __syncwarp();  // after those who still read what was staged before\n",
+        new="",
+        says=RACE,
+    ),
+    "no barrier before the residual's scale is replaced": Mutant(
+        tier="tsan",
+        op="loco_encode",
+        file="encode.cuh",
+        old="  __syncwarp();  // all lanes have read the old scale\n",
+        new="",
+        says=RACE,
+    ),
+    "every lane writes the scale": Mutant(
+        tier="tsan",
+        op="block_encode",
+        file="tile.cuh",
+        old="return is_block && lane == 0;",
+        new="return is_block;",
+        says=RACE,
+    ),
+    "a store one element too far": Mutant(
+        tier="asan",
+        op="block_decode",
+        file="memory.cuh",
+        old="if (i < valid) to[i] = x[i];",
+        new="if (i <= valid) to[i] = x[i];",
+        says=OVERFLOW,
+    ),
+    "a load one element too far": Mutant(
+        tier="asan",
+        op="block_encode",
+        file="memory.cuh",
+        old="x[i] = i < valid ? from[i] : 0.0f;",
+        new="x[i] = i <= valid ? from[i] : 0.0f;",
+        says=OVERFLOW,
+    ),
+    "half the shared memory": Mutant(
+        tier="asan",
+        op="block_encode",
+        file="launch.cuh",
+        old="sizeof(float) * kWarps * kTile",
+        new="sizeof(float) * kWarps * kTile / 2",
+        says=OVERFLOW,
+    ),
+    "blocks that do not exist are written": Mutant(
+        tier="asan",
+        op="block_encode",
+        file="tile.cuh",
+        old="is_block = block < num_blocks;",
+        new="is_block = block <= num_blocks;",
+        says=OVERFLOW,
+    ),
+    "a mask without half of the warp": Mutant(
+        tier="plain",
+        op="block_encode",
+        file="tile.cuh",
+        old="__shfl_xor_sync(kAllLanes, x, distance);\n    x = other",
+        new="__shfl_xor_sync(0xffffu, x, distance);\n    x = other",
+        says="the mask does not name the lane that calls",
+    ),
+    "lanes without a block leave early": Mutant(
+        tier="plain",
+        op="block_encode",
+        file="encode.cuh",
+        old="  float x[rows][kPerLane];\n",
+        new="  if (!place.is_block) return;\n  float x[rows][kPerLane];\n",
+        says="threads wait for each other",
+    ),
+    "codes of the wrong neighbour": Mutant(
+        tier="plain",
+        op="block_encode",
+        file="tile.cuh",
+        old="is_second ? low : high, 2);\n    return",
+        new="is_second ? low : high, 1);\n    return",
+        says=DIFFERENT,
+    ),
+    "vectors at any address": Mutant(
+        tier="plain",
+        op="block_encode",
+        file="memory.cuh",
+        old="if (valid == kPerLane && is_aligned(from, 16)) {\n    const auto* vectors",
+        new="if (valid == kPerLane) {\n    const auto* vectors",
+        says="misaligned address of a 16-byte access",
+    ),
+    "a fused multiply-add that rounds once": Mutant(
+        tier="plain",
+        op="loco_encode",
+        file="encode.cuh",
+        old="h[row][i] = error[i] * keep + release * missed;",
+        new="h[row][i] = fmaf(error[i], keep, release * missed);",
+        says=DIFFERENT,
+    ),
+    "random numbers of the codes for the residual": Mutant(
+        tier="plain",
+        op="loco_encode",
+        file="encode.cuh",
+        old="Stream::kResidual",
+        new="Stream::kCodes",
+        says=DIFFERENT,
+    ),
+    "the last thread block is not launched": Mutant(
+        tier="plain",
+        op="decode_average_encode",
+        file="launch.cuh",
+        old="(tiles + kWarps - 1) / kWarps",
+        new="(tiles + kWarps - 1) / kWarps - (tiles > kWarps)",
+        says=DIFFERENT,
+    ),
+    "ranks are summed in the wrong order": Mutant(
+        tier="plain",
+        op="decode_average",
+        file="decode.cuh",
+        old="mean[row][i] = fmaf(code[i], scale, mean[row][i]);",
+        new="mean[row][i] = fmaf(code[i], scale / 3, mean[row][i]) + code[i] * (scale * 2 / 3);",
+        says=DIFFERENT,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_tier_catches(name: str, tmp_path: Path) -> None:
+    """By its own name for the mistake, and with a failing exit code."""
+    mutant = MUTANTS[name]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(CSRC, csrc)
+    path = csrc / "cuda" / mutant.file
+    text = path.read_text()
+    assert text.count(mutant.old) == 1
+    path.write_text(text.replace(mutant.old, mutant.new))
+    source = "decode" if mutant.op in ("block_decode", "decode_average") else mutant.op
+    program = mutant_program(mutant.tier, csrc, [source], tmp_path / "built")
+    found = subprocess.run([program, mutant.op], capture_output=True, text=True, check=False)
+    assert found.returncode != 0
+    assert mutant.says in found.stdout + found.stderr
