@@ -15,7 +15,7 @@ namespace {
 
 // The scheduler of this operating system's thread, while one of its fibers runs.
 struct Scheduler {
-#if defined(__x86_64__)
+#if defined(COMMRT_SHIM_ASSEMBLY)
   void* stack_pointer = nullptr;
 #else
   ucontext_t context;
@@ -31,7 +31,7 @@ thread_local Fiber* running = nullptr;
 
 }  // namespace
 
-#if defined(__x86_64__)
+#if defined(COMMRT_SHIM_ASSEMBLY)
 // Push the registers that a called function has to keep, exchange stacks, pop them.
 extern "C" void commrt_shim_switch(void** from, void* to);
 asm(R"(
@@ -68,7 +68,7 @@ void Fiber::prepare(char* stack, std::size_t stack_bytes, Entry entry) {
   stack_ = stack;
   stack_bytes_ = stack_bytes;
   entry_ = entry;
-#if defined(__x86_64__)
+#if defined(COMMRT_SHIM_ASSEMBLY)
   constexpr int kSavedRegisters = 6;
   auto** top = reinterpret_cast<void**>(stack + stack_bytes);
   *--top = nullptr;  // where a caller's address would be, so that the stack is aligned
@@ -96,7 +96,7 @@ COMMRT_SHIM_NO_TSAN void Fiber::resume() {
   scheduler.tsan = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(tsan_, __tsan_switch_to_fiber_no_sync);
 #endif
-#if defined(__x86_64__)
+#if defined(COMMRT_SHIM_ASSEMBLY)
   commrt_shim_switch(&scheduler.stack_pointer, stack_pointer_);
 #else
   swapcontext(&scheduler.context, &context_);
@@ -115,7 +115,7 @@ COMMRT_SHIM_NO_TSAN void Fiber::leave(bool for_ever) {
                                  scheduler.stack_bytes);
 #endif
   (void)for_ever;
-#if defined(__x86_64__)
+#if defined(COMMRT_SHIM_ASSEMBLY)
   commrt_shim_switch(&stack_pointer_, scheduler.stack_pointer);
 #else
   swapcontext(&context_, &scheduler.context);

@@ -1,14 +1,16 @@
 // A stack of its own on which a function runs until it suspends: one fiber is one CUDA thread.
 //
-// On x86-64 a switch is fifteen instructions, elsewhere that of <ucontext.h>, which also saves the
-// signal mask by a system call. The sanitizers are told of every switch. To ThreadSanitizer fibers
-// are threads that nothing orders: what does, a barrier say, has to be declared by release() and
-// acquire().
+// On x86-64 a switch is fifteen instructions, elsewhere (or with -DCOMMRT_SHIM_UCONTEXT) that of
+// <ucontext.h>, which also saves the signal mask by a system call. The sanitizers are told of every
+// switch. To ThreadSanitizer fibers are threads that nothing orders: what does, a barrier say, has to be
+// declared by release() and acquire().
 #pragma once
 
 #include <cstddef>
 
-#if !defined(__x86_64__)
+#if defined(__x86_64__) && !defined(COMMRT_SHIM_UCONTEXT)
+#define COMMRT_SHIM_ASSEMBLY
+#else
 #include <ucontext.h>
 #endif
 
@@ -40,7 +42,7 @@ class Fiber {
   static void begin();
   void leave(bool for_ever);
 
-#if defined(__x86_64__)
+#if defined(COMMRT_SHIM_ASSEMBLY)
   void* stack_pointer_ = nullptr;
 #else
   ucontext_t context_;

@@ -32,6 +32,7 @@ TIERS = {
     "plain": ("-O2",),
     "asan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
     "tsan": ("-O1", "-g", "-fsanitize=thread"),
+    "ucontext": ("-O1", "-DCOMMRT_SHIM_UCONTEXT"),
     "coverage": ("-O0", "--coverage"),
 }
 OPS = (
