@@ -180,7 +180,7 @@ NB_MODULE(_C, m) {
   // "none", "nvcc", or "shim", which takes addresses of the CPU.
   m.attr("cuda") = COMMRT_CUDA_NAME;
 #if defined(COMMRT_CUDA)
-  nb::class_<Queue>(m, "Queue").def(nb::init<int, std::uintptr_t>());
+  nb::class_<Queue>(m, "Queue").def(nb::init<std::uintptr_t>());
   define_ops<Queue>(m);
   m.def("cuda_device_count", &cuda::device_count);
 #endif

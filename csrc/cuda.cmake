@@ -28,8 +28,12 @@ elseif(COMMRT_CUDA STREQUAL "AUTO" OR COMMRT_CUDA STREQUAL "ON")
   endif()
   if(COMMRT_CUDA STREQUAL "ON" OR CMAKE_CUDA_COMPILER)
     enable_language(CUDA)
+  endif()
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12)  # which has C++20
     set(CMAKE_CUDA_EXTENSIONS ON)  # else CMake adds the compiler's default -std behind ours
     set(COMMRT_CUDA_NAME nvcc)
+  elseif(COMMRT_CUDA STREQUAL "ON")
+    message(FATAL_ERROR "nvcc ${CMAKE_CUDA_COMPILER_VERSION}: must be 12 or later")
   endif()
 elseif(NOT COMMRT_CUDA STREQUAL "OFF")
   message(FATAL_ERROR "COMMRT_CUDA=${COMMRT_CUDA}: must be AUTO, ON, OFF or SHIM")
@@ -47,7 +51,7 @@ function(commrt_add_cuda target)
   if(COMMRT_CUDA_NAME STREQUAL "nvcc")
     target_compile_options(cuda_kernels PRIVATE
       -std=c++20  # from nvcc 12 on; as a flag, since CMake 3.25 does not know that of nvcc 13
-      -fmad=false -Werror=all-warnings -Xcompiler=-Wall,-Wextra)
+      -fmad=false -Xcompiler=-Wall,-Wextra)
   else()
     set_source_files_properties(${COMMRT_CUDA_SOURCES} PROPERTIES LANGUAGE CXX)
     target_compile_features(cuda_kernels PRIVATE cxx_std_20)

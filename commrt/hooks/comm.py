@@ -107,7 +107,7 @@ class Comm:
         self._newest_coded = -1
         self._is_detached = False
         self._world_size = 1
-        self._device_type = "cpu"
+        self._device = torch.device("cpu")
         self._wiring: Wiring | None = None
         self._legs: Legs | None = None
         self._pipeline: Pipeline | None = None
@@ -146,10 +146,11 @@ class Comm:
         """
         parent = self.group or dist.group.WORLD
         assert parent is not None
-        check_agreement(self._settings(), parent, device)
-        self._device_type = device.type
-        if device.type == "cuda" and ops.status("cuda").startswith("reference"):
-            warnings.warn(f"slow ops on {device}: {ops.status('cuda')}", stacklevel=3)
+        check_agreement(self._settings(device), parent, device)
+        self._device = device
+        self._loss_scale = self._loss_scale.to(device)
+        if device.type == "cuda" and ops.status(device).startswith("reference"):
+            warnings.warn(f"slow ops on {device}: {ops.status(device)}", stacklevel=3)
         self._world_size = dist.get_world_size(parent)
         self._wiring = Wiring(self.codecs, self._nodes, parent, device, self.may_have_unused)
         self._legs = Legs(self.codec, self._wiring, self._residuals, self.seed)
@@ -179,7 +180,7 @@ class Comm:
             return pipeline.submit(lambda: legs.exact([buffer]), lambda _: buffer)
         num_nodes, num_local = len(self._nodes), len(self._nodes[0])
         self._dense_bytes += ring_all_reduce_bytes(num_bytes, num_nodes) // num_local
-        rescale = self._loss_scale_change(buffer.device) if step != self._newest_coded else None
+        rescale = self._loss_scale_change() if step != self._newest_coded else None
         self._newest_coded = step
         entries = [
             Entry(name, grad, parameter.shape, is_small=name in self._registry.exempt)
@@ -196,7 +197,14 @@ class Comm:
     def average_sparse(
         self, buffer: Tensor, parameters: Sequence[Tensor], is_last: bool
     ) -> Future[Tensor]:
-        """As :meth:`average`, for a bucket of one sparse gradient, which travels as it is."""
+        """As :meth:`average`, for a bucket of one sparse gradient, which travels as it is.
+
+        Raises:
+            ConfigError: On a GPU: NCCL cannot send it.
+        """
+        if order.is_queued(buffer.device):
+            names = ", ".join(map(self._registry.name, parameters))
+            raise ConfigError(f"sparse gradient of {names} on {buffer.device}: must be dense")
         for parameter in parameters:
             self._registry.exclude(parameter, SPARSE)
             self._residuals.drop(self._registry.name(parameter))
@@ -229,7 +237,7 @@ class Comm:
             codecs=self.codecs,
             world_size=dist.get_world_size(self.group) if dist.is_initialized() else 1,
             nodes=None if self.hierarchy is None else self._nodes,
-            kernels=ops.status(self._device_type),
+            kernels=ops.status(self._device),
             num_compressed=sum(self._registry.compressed.values()),
             exempt=self._registry.exempt,
             plain_reason=self._plain_reason(self._steps),
@@ -279,7 +287,7 @@ class Comm:
         else:
             seed = derive_seed(self.seed, identity["rank"], states[0]["steps"])
             self._residuals.load_mean(states, len(states[0]["nodes"]), seed)
-        self._loss_scale = torch.tensor(states[0]["loss_scale"])
+        self._loss_scale = torch.tensor(states[0]["loss_scale"], device=self._device)
         self._first_step += int(states[0]["steps"]) - self._steps
         self._steps = int(states[0]["steps"])
         self._newest_coded = -1
@@ -326,14 +334,14 @@ class Comm:
             return "one node: nothing travels between nodes"
         return ""
 
-    def _loss_scale_change(self, device: torch.device) -> Tensor | None:
+    def _loss_scale_change(self) -> Tensor | None:
         """How much larger gradients are than in the last step; stays on the device."""
         if self._grad_scaler is None:
             return None
-        scale = self._grad_scaler.scale(torch.ones((), device=device))
+        scale = self._grad_scaler.scale(torch.ones((), device=self._device))
         assert isinstance(scale, Tensor)
-        ratio, self._loss_scale = scale / self._loss_scale.to(device), scale
-        return None if not order.is_queued(device) and ratio == 1 else ratio
+        ratio, self._loss_scale = scale / self._loss_scale, scale
+        return None if not order.is_queued(self._device) and ratio == 1 else ratio
 
     def _begin(self, device: torch.device, is_last: bool) -> tuple[int, Legs, Pipeline]:
         """The step of a bucket, counted, and what averages it."""
@@ -360,7 +368,7 @@ class Comm:
         node, local_rank = place(self._nodes)
         return Shard(*share_of(numel, self.codec.block, local_rank, len(node)), numel)
 
-    def _settings(self) -> dict[str, str | int | float]:
+    def _settings(self, device: torch.device) -> dict[str, str | int | float]:
         return {
             **self.codecs.specs(),
             "hierarchy": repr(self._nodes) if self.hierarchy is not None else "none",
@@ -369,15 +377,17 @@ class Comm:
             "grad_scaler": self._grad_scaler is not None,
             **self._registry.layout(),
             "payload version": PAYLOAD_VERSION,
-            **(self._arithmetic() if isinstance(self.codec, LowRankCodec) else {}),
+            **(self._arithmetic(device) if isinstance(self.codec, LowRankCodec) else {}),
         }
 
-    def _arithmetic(self) -> dict[str, str | int]:
+    def _arithmetic(self, device: torch.device) -> dict[str, str | int]:
         """What matrix products depend on, which ranks must round alike."""
         return {
             "torch": torch.__version__,
             "processor": torch.backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
+            "float32 matmul precision": torch.get_float32_matmul_precision(),
+            **({"GPU": torch.cuda.get_device_name(device)} if device.type == "cuda" else {}),
         }
 
     def _identity(self) -> dict[str, Any]:

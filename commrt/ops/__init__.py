@@ -61,6 +61,7 @@ def block_encode(
 
     Cost: reads N elements, writes N * bits / 8 + 2 bytes a block; no extra memory.
     """
+    _check_devices(input=input, payload=payload)
     num_blocks = _window(input, payload, fmt, first_block, num_blocks, at_block)
     _check_seed(seed or 0)
     if seed is not None and fmt.bits == 1:
@@ -98,6 +99,7 @@ def block_decode(
         num_blocks: Blocks to decode; default, to the end of ``output``.
         at_block: First block of ``payload``.
     """
+    _check_devices(payload=payload, output=output)
     num_blocks = _window(output, payload, fmt, first_block, num_blocks, at_block)
     torch.ops.commrt.block_decode(
         payload, output, fmt.bits, fmt.block, first_block, num_blocks, at_block
@@ -148,6 +150,7 @@ def loco_encode(
     Source: Xie et al., "LoCo: Low-Bit Communication Adaptor for Large-scale Model Training",
     TPAMI 2025 (arXiv 2407.04480), algorithm 1, with a scale per block instead of one constant.
     """
+    _check_devices(grad=grad, residual=residual, payload=payload)
     num_blocks = _window(grad, payload, fmt, first_block, num_blocks, at_block)
     _check_seed(seed)
     if residual_bits not in (4, 8):
@@ -192,11 +195,9 @@ def rescale_(payload: Tensor, ratio: Tensor, fmt: BlockFormat) -> None:
     Cost: reads and writes 2 bytes a block.
     """
     _check_payload("payload", payload, fmt)
-    if ratio.dtype != torch.float32 or ratio.numel() != 1 or ratio.device != payload.device:
-        raise ConfigError(
-            f"ratio is {ratio.dtype} {tuple(ratio.shape)} on {ratio.device}: must be a float32 "
-            f"scalar on {payload.device}"
-        )
+    _check_devices(payload=payload, ratio=ratio)
+    if ratio.dtype != torch.float32 or ratio.numel() != 1:
+        raise ConfigError(f"ratio is {ratio.dtype} {tuple(ratio.shape)}: must be a float32 scalar")
     torch.ops.commrt.rescale_(payload, ratio, fmt.bits, fmt.block)
 
 
@@ -216,6 +217,7 @@ def decode_average(
 
     Cost: per element, R * bits / 8 bytes read, the output's size written.
     """
+    _check_devices(payloads=payloads, output=output)
     num_blocks = _check_stack(payloads, fmt)
     _check_flat("output", output)
     if not 0 <= first_block <= fmt.num_blocks(output.numel()) - num_blocks:
@@ -241,6 +243,7 @@ def decode_average_encode(
         fmt: What the payloads were encoded with.
         output_fmt: What to encode the mean with; same block size.
     """
+    _check_devices(payloads=payloads, output=output)
     num_blocks = _check_stack(payloads, fmt)
     _check_payload("output", output, output_fmt)
     if output_fmt.block != fmt.block:
@@ -282,6 +285,14 @@ def _window(
                 f"blocks [{first}, {first + count}) do not lie in a {name} of {total} blocks"
             )
     return count
+
+
+def _check_devices(**tensors: Tensor) -> None:
+    """A kernel given addresses of two devices would end the process."""
+    (first, expected), *others = ((name, tensor.device) for name, tensor in tensors.items())
+    for name, device in others:
+        if device != expected:
+            raise ConfigError(f"{name} is on {device}: must be on {expected}, as {first} is")
 
 
 def _check_seed(seed: int) -> None:

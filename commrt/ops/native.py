@@ -7,10 +7,12 @@ GPU they are queued on torch's current stream of the tensor's device.
 """
 
 import contextlib
+import functools
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from commrt.errors import ConfigError
 from commrt.ops import reference
 from commrt.ops.format import SCALE_BYTES
 
+MIN_CAPABILITY = (8, 0)
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 _SCHEMAS = (
@@ -61,14 +64,31 @@ if native is None:
     )
 
 
-def status(device_type: str = "cpu") -> str:
+def status(device: torch.device | str = "cpu") -> str:
     """Which kernels serve tensors there, for reports: ``"native avx512"``, or why none do."""
+    device = torch.device(device)
     if native is None:
         return f"reference ({missing_reason})"
-    if device_type == "cuda":
-        is_built = native.cuda == "nvcc"
-        return "native cuda" if is_built else "reference (built without CUDA: COMMRT_CUDA=ON)"
-    return f"native {native.active_isa()}"
+    if device.type != "cuda":
+        return f"native {native.active_isa()}"
+    reason = why_no_cuda(device.index or 0)
+    return f"reference ({reason})" if reason else "native cuda"
+
+
+@functools.cache
+def why_no_cuda(index: int) -> str:
+    """Why the CUDA kernels cannot serve this GPU; empty if they can.
+
+    Asked at the first use of a GPU, not before: the driver does not survive a fork.
+    """
+    if native is None or native.cuda != "nvcc":
+        return "built without CUDA: install with COMMRT_CUDA=ON"
+    if native.cuda_device_count() <= index:
+        return "the driver is older than the CUDA that the kernels were built with"
+    capability = torch.cuda.get_device_capability(index)
+    if capability < MIN_CAPABILITY:
+        return f"compute capability {capability}: must be at least {MIN_CAPABILITY}"
+    return ""
 
 
 _is_through_shim = False
@@ -96,8 +116,8 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
     def where(tensor: Tensor) -> object:
         if tensor.is_cuda:
             stream = torch.cuda.current_stream(tensor.device).cuda_stream
-            return native.Queue(tensor.get_device(), stream)
-        return native.Queue(0, 0) if _is_through_shim else native.Threads(torch.get_num_threads())
+            return native.Queue(stream)
+        return native.Queue(0) if _is_through_shim else native.Threads(torch.get_num_threads())
 
     def window(flat: Tensor, block: int, first_block: int) -> object:
         first = first_block * block
@@ -224,7 +244,19 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
     for kernel in kernels:
         library.impl(kernel.__name__, kernel, "CPU")
         if native.cuda == "nvcc":
-            library.impl(kernel.__name__, kernel, "CUDA")
+            library.impl(kernel.__name__, _on_gpu(kernel), "CUDA")
+
+
+def _on_gpu(kernel: Callable[..., None]) -> Callable[..., None]:
+    """With the tensors' device as the current one, or by the reference if it is not served."""
+    fallback = getattr(reference, kernel.__name__)
+
+    def call(first: Tensor, *others: Any) -> None:
+        serve = fallback if why_no_cuda(first.get_device()) else kernel
+        with torch.cuda.device(first.device):
+            serve(first, *others)
+
+    return call
 
 
 def _register() -> torch.library.Library:

@@ -28,6 +28,12 @@ from torch.utils._pytree import tree_leaves
 from commrt.errors import CommrtError
 
 NONSENSE = 0xA5
+aten = torch.ops.aten
+HOST_READS = {
+    *(aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal, aten.is_nonzero),
+    aten.allclose,
+    *(aten._unique2, aten.unique_dim, aten.unique_consecutive, aten.bincount),
+}
 
 
 class HostWaitError(CommrtError):
@@ -119,7 +125,12 @@ class Recorder(TorchDispatchMode):
         def record_stream(tensor: Tensor, stream: Stream) -> None:
             self._kept.add((tensor.untyped_storage().data_ptr(), stream))
 
-        self._patches.enter_context(mock.patch.object(Tensor, "record_stream", record_stream))
+        def read(tensor: Tensor, *args: Any) -> None:
+            raise HostWaitError("a value is read by the host: all of a tensor")
+
+        methods = {"record_stream": record_stream, "tolist": read, "numpy": read}
+        for name, method in methods.items():
+            self._patches.enter_context(mock.patch.object(Tensor, name, method))
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -136,8 +147,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run it, and write down what it needs to be run again."""
         kwargs = kwargs or {}
-        if func is torch.ops.aten._local_scalar_dense.default:
-            raise HostWaitError("a value is read by the host")
+        if _needs_a_value(func, args, kwargs):
+            raise HostWaitError(f"a value is read by the host: {func}")
         for tensor in _tensors((args, kwargs)):
             self._remember(tensor)
         result = func(*args, **kwargs)
@@ -243,6 +254,14 @@ class Future:
 
 def _tensors(values: Any) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
+
+
+def _needs_a_value(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the result, or its shape, depends on values that a GPU would have to send first."""
+    packet = func.overloadpacket
+    if packet in (aten.index, aten.index_put, aten.index_put_):
+        return any(tensor.dtype == torch.bool for tensor in _tensors(args[1]))
+    return packet in HOST_READS or (packet is aten._to_copy and "device" in kwargs)
 
 
 def _is_view(func: Any) -> bool:

@@ -36,6 +36,7 @@ struct Kind {
 constexpr Kind kKinds[] = {{1, true}, {2, false}, {2, true}, {4, false}, {8, false}};
 constexpr int kBlocks[] = {32, 64, 128, 256, 512, 1024};
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+constexpr std::uint64_t kFirstIndex = (1ULL << 40) + 4096;  // past the low word of a counter
 constexpr std::uint64_t kSeed = 0x123456789abcdefULL;
 
 int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
@@ -167,8 +168,10 @@ void check_block_encode(Checks& checks, std::mt19937& random) {
     const BlockFormat format{kind.bits, block, kind.mean_levels};
     const Rounding rounding{kind.bits > 1 && index % 4 == 0, kSeed};
     const auto args = [&](std::uint8_t* from, std::uint8_t* to) {
-      return BlockEncodeArgs{
-          {from, dtype, numel, 4096}, slice(to, num_blocks, kind.bits, block), format, rounding};
+      return BlockEncodeArgs{{from, dtype, numel, kFirstIndex},
+                             slice(to, num_blocks, kind.bits, block),
+                             format,
+                             rounding};
     };
     portable::block_encode(args(input.cpu(), payload.cpu()), 0, num_blocks);
     cuda::block_encode(args(input.gpu(), payload.gpu()), num_blocks, {});
@@ -189,7 +192,7 @@ void check_loco_encode(Checks& checks, std::mt19937& random) {
     const BlockFormat format{kind.bits, block, kind.mean_levels};
     const Rounding rounding{kind.bits > 1 && index % 4 == 0, kSeed};
     const auto args = [&](std::uint8_t* from, std::uint8_t* kept, std::uint8_t* to) {
-      return LocoEncodeArgs{{from, dtype, numel, 4096},
+      return LocoEncodeArgs{{from, dtype, numel, kFirstIndex},
                             slice(kept, num_blocks, residual_bits, block),
                             slice(to, num_blocks, kind.bits, block),
                             format,

@@ -5,9 +5,8 @@
 
 namespace commrt::cuda {
 
-// The ordinal of a device, and a stream of its primary context, as torch.cuda.Stream.cuda_stream.
+// A stream of the current device, as torch.cuda.Stream.cuda_stream.
 struct Queue {
-  int device;
   std::uintptr_t stream;
 };
 

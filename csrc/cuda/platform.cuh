@@ -20,30 +20,10 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
-// The queue's device is the current one while this lives.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&before_));
-    if (device != before_) check(cudaSetDevice(device));
-    has_changed_ = device != before_;
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-  ~DeviceGuard() {
-    if (has_changed_) cudaSetDevice(before_);
-  }
-
- private:
-  int before_ = 0;
-  bool has_changed_ = false;
-};
-
-// Queue a kernel; what fails later, fails on the stream.
+// Queue a kernel on the current device; what fails later, fails on the stream.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), unsigned blocks, unsigned threads,
             std::size_t shared_bytes, Queue queue, Arguments... arguments) {
-  const DeviceGuard guard(queue.device);
   const auto stream = reinterpret_cast<cudaStream_t>(queue.stream);
   kernel<<<blocks, threads, shared_bytes, stream>>>(arguments...);
   check(cudaGetLastError());

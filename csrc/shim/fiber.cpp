@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <utility>
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -60,7 +61,9 @@ commrt_shim_switch:
 
 Fiber::~Fiber() {
 #if defined(__SANITIZE_THREAD__)
-  if (tsan_ != nullptr) __tsan_destroy_fiber(tsan_);
+  for (void* fiber : {tsan_, tsan_before_}) {
+    if (fiber != nullptr) __tsan_destroy_fiber(fiber);
+  }
 #endif
 }
 
@@ -83,6 +86,8 @@ void Fiber::prepare(char* stack, std::size_t stack_bytes, Entry entry) {
   makecontext(&context_, &Fiber::begin, 0);
 #endif
 #if defined(__SANITIZE_THREAD__)
+  // Another one than last time: what the fiber did then is not ordered before what it does now.
+  std::swap(tsan_, tsan_before_);
   if (tsan_ == nullptr) tsan_ = __tsan_create_fiber(0);
 #endif
 }

@@ -50,7 +50,7 @@ class Fiber {
   char* stack_ = nullptr;
   std::size_t stack_bytes_ = 0;
   Entry entry_ = nullptr;
-  void* tsan_ = nullptr;
+  void *tsan_ = nullptr, *tsan_before_ = nullptr;
   void* asan_ = nullptr;
 };
 

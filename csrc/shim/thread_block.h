@@ -29,7 +29,7 @@ namespace commrt::shim {
 
 constexpr int kWarpSize = 32;
 constexpr unsigned kMostThreads = 1024;
-constexpr std::size_t kMostSharedBytes = 227 * 1024;  // of sm_90; sm_80 has 163 KiB
+constexpr std::size_t kMostSharedBytes = 48 * 1024;  // more has to be asked for
 
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
@@ -87,6 +87,7 @@ class ThreadBlock {
     unsigned first_of_warp;
     unsigned mask;
     const char* collective;
+    unsigned barriers;  // that it has come to, of the block and of the warp
     Exchange exchange;
     char order;  // its address orders this thread's end before what follows the launch
   };
@@ -121,7 +122,9 @@ class ThreadBlock {
   std::mt19937 random_;
   std::vector<unsigned> order_;
   std::string error_;
-  char start_ = 0, barrier_ = 0, warps_[kMostThreads / kWarpSize] = {};
+  char start_ = 0;
+  // What orders the threads at a barrier; in turns, since some may be at the next one already.
+  char barriers_[2] = {}, warps_[kMostThreads / kWarpSize][2] = {};
 };
 
 // The block whose threads this thread of the operating system runs.

@@ -46,7 +46,7 @@ def build(nvcc: Path) -> Path:
             options = {
                 "CMAKE_BUILD_TYPE": "Release",
                 "CMAKE_CUDA_COMPILER": nvcc,
-                "CMAKE_CUDA_FLAGS": f"-Xptxas=-v --keep --keep-dir={folder}",
+                "CMAKE_CUDA_FLAGS": f"-Xptxas=-v -Werror=all-warnings --keep --keep-dir={folder}",
                 "COMMRT_CUDA": "ON",
                 "Python_EXECUTABLE": sys.executable,
                 "nanobind_DIR": run([sys.executable, "-m", "nanobind", "--cmake_dir"]).strip(),

@@ -51,6 +51,22 @@ MUTANTS = {
         new="",
         says=RACE,
     ),
+    "two lanes stage at one place": Mutant(
+        tier="tsan",
+        op="block_encode",
+        file="tile.cuh",
+        old="own[place.element_of_block(row) + i] = x[row][i];",
+        new="own[place.element_of_block(row) / 2 + i] = x[row][i];",
+        says=RACE,
+    ),
+    "every thread block has the same scales": Mutant(
+        tier="tsan",
+        op="rescale",
+        file="rescale.cuh",
+        old="std::int64_t{blockIdx.x} * threads + threadIdx.x",
+        new="std::int64_t{threadIdx.x}",
+        says=RACE,
+    ),
     "every lane writes the scale": Mutant(
         tier="tsan",
         op="block_encode",

@@ -72,11 +72,11 @@ def train(codec: str, **settings: Any) -> Training:
     gradients = [[torch.randn_like(p) for p in model.parameters()] for _ in range(STEPS)]
     gradients[1][0].zero_()  # as a parameter that was not used
     buckets = [[p for p in layer.parameters()] for layer in model]
-    buffers = [torch.zeros(sum(p.numel() for p in bucket)) for bucket in buckets]
     comm = commrt.Comm(codec, min_numel=64, **settings)
     comm.bind(model.named_parameters())
     with simulated() as recorder, torch.no_grad():
         comm.start(torch.device("cpu"))
+        buffers = [torch.zeros(sum(p.numel() for p in bucket)) for bucket in buckets]
         for gradient in gradients:
             futures = []
             by_parameter = dict(zip(model.parameters(), gradient, strict=True))
@@ -127,6 +127,9 @@ def orders_do_not_matter(codec: str, settings: dict[str, Any]) -> None:
         ("block8", {}),
         ("loco4", {"hierarchy": 2, "intra": "block8"}),
         ("loco8:rounding=stochastic", {}),
+        ("loco4:reset=2", {}),
+        ("loco4", {"small": "block8"}),
+        ("lowrank2", {}),
         ("none", {}),
     ],
     ids=str,
@@ -137,6 +140,23 @@ def test_no_order_that_the_waits_allow_changes_a_bit(codec: str, settings: dict[
     settings = dict(settings, gather=gather_codec or None)
     world_size = 4 if "hierarchy" in settings else 2
     run_ranks(orders_do_not_matter, codec, settings, world_size=world_size)
+
+
+def buckets_in_runs() -> None:
+    with mock.patch("commrt.hooks.legs.MAX_RUN", 1):
+        orders_do_not_matter("loco4", {})
+
+
+def test_buckets_in_several_runs() -> None:
+    run_ranks(buckets_in_runs, world_size=2)
+
+
+def memory_that_is_not_recorded_shows() -> None:
+    """A bucket's is the main stream's; the side stream has to say that it uses it."""
+    recorder = train("loco4").recorder
+    assert recorder.strays() == []
+    recorder.forget_kept()
+    assert recorder.strays()
 
 
 def scaled(codec: str) -> Training:
@@ -172,6 +192,13 @@ def a_removed_wait_shows() -> None:
         assert not all(found), f"{owner.__name__}.{name}"
 
 
-@pytest.mark.parametrize("check", [a_change_of_the_loss_scale_is_ordered, a_removed_wait_shows])
+@pytest.mark.parametrize(
+    "check",
+    [
+        a_change_of_the_loss_scale_is_ordered,
+        a_removed_wait_shows,
+        memory_that_is_not_recorded_shows,
+    ],
+)
 def test_waits(check: Any) -> None:
     run_ranks(check, world_size=2)

@@ -46,3 +46,21 @@ def test_arrays_that_cannot_serve() -> None:
     with pytest.raises(ConfigError, match="payload is a read-only ndarray: is written to"):
         ops.block_encode(flat, payload, FMT)
     ops.block_decode(payload, flat, FMT)
+
+
+def test_tensors_of_several_devices_are_refused() -> None:
+    """Before a kernel is given an address of another one."""
+    flat, payload = torch.zeros(100, device="meta"), cases.empty_payload(FMT, 4)
+    residual = cases.empty_residual(8, FMT.block, 100)
+    with pytest.raises(ConfigError, match="payload is on cpu: must be on meta, as input is"):
+        ops.block_encode(flat, payload, FMT)
+    with pytest.raises(ConfigError, match="residual is on cpu: must be on meta, as grad is"):
+        ops.loco_encode(flat, residual, payload.to("meta"), FMT)
+    with pytest.raises(ConfigError, match="output is on meta: must be on cpu, as payload is"):
+        ops.block_decode(payload, flat, FMT)
+    with pytest.raises(ConfigError, match="output is on meta: must be on cpu, as payloads is"):
+        ops.decode_average(payload[None], flat, FMT)
+    with pytest.raises(ConfigError, match="output is on meta: must be on cpu, as payloads is"):
+        ops.decode_average_encode(payload[None], payload.to("meta"), FMT, FMT)
+    with pytest.raises(ConfigError, match="ratio is on meta: must be on cpu, as payload is"):
+        ops.rescale_(payload, torch.zeros((), device="meta"), FMT)

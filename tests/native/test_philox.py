@@ -79,7 +79,7 @@ def test_the_kernels_draw_these_numbers(path: str, first_index: int, block: int)
     flat = torch.linspace(-100, 127, numel)
     flat[::block] = 127.0  # every scale is one
     payload = cases.empty_payload(fmt, 4)
-    where = _C.Queue(0, 0) if path.startswith("cuda") else _C.Threads(1)
+    where = _C.Queue(0) if path.startswith("cuda") else _C.Threads(1)
     with cases.paths()[path]:
         _C.block_encode(
             _C.Window(flat.data_ptr(), 0, numel, first_index),

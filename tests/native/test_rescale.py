@@ -32,5 +32,5 @@ def test_elements_are_multiplied() -> None:
 
 @pytest.mark.parametrize("ratio", [torch.ones(2), torch.ones((), dtype=torch.float64)])
 def test_ratios_that_are_none(ratio: torch.Tensor) -> None:
-    with pytest.raises(ConfigError, match="must be a float32 scalar on cpu"):
+    with pytest.raises(ConfigError, match="must be a float32 scalar"):
         ops.rescale_(cases.empty_payload(FMT, 1), ratio, FMT)

@@ -53,9 +53,21 @@ def test_a_wait_is_for_what_was_queued_before_it() -> None:
 
 def test_what_is_read_by_the_host_raises() -> None:
     values = torch.ones(3)
+    reads = [
+        lambda: float(values.sum()),
+        lambda: values.nonzero(),
+        lambda: values[values > 0],
+        lambda: torch.equal(values, values),
+        lambda: torch.allclose(values, values),
+        lambda: values.unique(),
+        values.tolist,
+        values.numpy,
+        lambda: values.to("cpu", copy=True),
+    ]
     with Recorder():
-        with pytest.raises(HostWaitError, match="read by the host"):
-            float(values.sum())
+        for read in reads:
+            with pytest.raises(HostWaitError, match="read by the host"):
+                read()
         with pytest.raises(HostWaitError, match="'side' is waited for"):
             torch.cuda.Stream().synchronize()
 
