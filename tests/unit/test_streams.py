@@ -60,8 +60,8 @@ def test_what_is_read_by_the_host_raises() -> None:
         lambda: torch.equal(values, values),
         lambda: torch.allclose(values, values),
         lambda: values.unique(),
-        values.tolist,
-        values.numpy,
+        lambda: values.tolist(),
+        lambda: values.numpy(),
         lambda: values.to("cpu", copy=True),
     ]
     with Recorder():
