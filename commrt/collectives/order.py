@@ -147,7 +147,7 @@ class ThreadPipeline(Pipeline):
 class StreamPipeline(Pipeline):
     """One side stream, for process groups whose collectives are stream-ordered (NCCL).
 
-    Written by the rules of CUDA streams and never run here: this machine has no GPU.
+    Never yet run on a GPU; commrt.testing.streams runs what it queues in all orders it allows.
 
     Args:
         device: The CUDA device of the tensors.

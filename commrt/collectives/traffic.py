@@ -13,8 +13,8 @@ class Traffic:
         node_bytes: Inside a node, where the collective has two levels; the others are then what
             travels between nodes.
         exact_bytes: By uncompressed all-reduces, as a ring all-reduce moves them.
-        codec_s: Seconds spent encoding, averaging and decoding.
-        network_s: Seconds spent inside the process group.
+        codec_s: Seconds spent encoding, averaging and decoding; on a GPU, queueing it.
+        network_s: Seconds spent inside the process group, likewise.
     """
 
     reduce_bytes: int = 0

@@ -241,6 +241,7 @@ class Comm:
             num_compressed=sum(self._registry.compressed.values()),
             exempt=self._registry.exempt,
             plain_reason=self._plain_reason(self._steps),
+            is_queued=order.is_queued(self._device),
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,8 +23,8 @@ class CommStats:
         dense_bytes: What a ring all-reduce of the same buckets, uncompressed, sends; with a
             hierarchy, one between nodes, of which each local rank does its share.
         residual_bytes: Memory of the residuals.
-        codec_s: Seconds spent encoding and decoding.
-        network_s: Seconds spent inside the process group.
+        codec_s: Seconds spent encoding and decoding; on a GPU, queueing it.
+        network_s: Seconds spent inside the process group, likewise.
     """
 
     steps: int
@@ -58,6 +58,7 @@ def format_report(
     num_compressed: int,
     exempt: Mapping[str, tuple[str, int]],
     plain_reason: str,
+    is_queued: bool,
 ) -> str:
     """Settings, bytes a step of each leg, and the reason of every uncompressed parameter."""
     steps = max(stats.steps, 1)
@@ -74,7 +75,8 @@ def format_report(
         f"  ratio        {stats.ratio:.2f} times fewer than a ring all-reduce "
         f"({stats.dense_bytes / steps:,.0f})",
         f"  time a step  codec {stats.codec_s / steps * 1e3:.2f} ms, "
-        f"network {stats.network_s / steps * 1e3:.2f} ms, over {stats.steps} steps",
+        f"network {stats.network_s / steps * 1e3:.2f} ms, over {stats.steps} steps"
+        + (", to queue it: a GPU works later" if is_queued else ""),
     ]
     if nodes is not None:
         lines.insert(
