@@ -64,7 +64,9 @@ class Training:
         return [result.clone() for result in self.results()]
 
 
-def train(codec: str, **settings: Any) -> Training:
+def train(codec: str, is_on_gpu: bool = True, **settings: Any) -> Training:
+    """As if the tensors were on a GPU, or by the threads of the CPU."""
+    recorder = Recorder()
     torch.manual_seed(0)
     # As many blocks for every rank, so that the payload of one can stand for that of another.
     layers = nn.Linear(48, 256), nn.Linear(256, 32, bias=False), nn.Linear(32, 8, bias=False)
@@ -74,7 +76,7 @@ def train(codec: str, **settings: Any) -> Training:
     buckets = [[p for p in layer.parameters()] for layer in model]
     comm = commrt.Comm(codec, min_numel=64, **settings)
     comm.bind(model.named_parameters())
-    with simulated() as recorder, torch.no_grad():
+    with exchanged(), recorder if is_on_gpu else contextlib.nullcontext(), torch.no_grad():
         comm.start(torch.device("cpu"))
         buffers = [torch.zeros(sum(p.numel() for p in bucket)) for bucket in buckets]
         for gradient in gradients:
@@ -96,7 +98,8 @@ def train(codec: str, **settings: Any) -> Training:
 
 
 @contextlib.contextmanager
-def simulated() -> Iterator[Recorder]:
+def exchanged() -> Iterator[None]:
+    """Nothing is sent: what a rank receives is its own."""
     with (
         mock.patch(f"{REDUCER}.exchange_payloads", exchange),
         mock.patch(f"{REDUCER}.gather_payloads", gather),
@@ -104,9 +107,8 @@ def simulated() -> Iterator[Recorder]:
         mock.patch("commrt.hooks.comm.check_agreement", agree),
         mock.patch("commrt.collectives.groups.check_agreement", agree),
         mock.patch.object(dist, "all_reduce", all_reduce),
-        Recorder() as recorder,
     ):
-        yield recorder
+        yield
 
 
 def orders_do_not_matter(codec: str, settings: dict[str, Any]) -> None:
@@ -116,6 +118,8 @@ def orders_do_not_matter(codec: str, settings: dict[str, Any]) -> None:
         for found, wanted in zip(training.replay(seed), expected, strict=True):
             assert torch.equal(found, wanted)
     assert training.recorder.strays() == [], training.recorder.strays()
+    on_threads = train(codec, is_on_gpu=False, **settings).results()
+    assert all(map(torch.equal, on_threads, expected))
 
 
 @pytest.mark.parametrize(
@@ -135,7 +139,9 @@ def orders_do_not_matter(codec: str, settings: dict[str, Any]) -> None:
     ids=str,
 )
 def test_no_order_that_the_waits_allow_changes_a_bit(codec: str, settings: dict[str, Any]) -> None:
-    """Weights and residuals, bit-identical; and the host never waits for the device."""
+    """Weights and residuals, bit-identical, also with those of the threads for gloo; and the host
+    never waits for the device.
+    """
     codec, _, gather_codec = codec.partition("/")
     settings = dict(settings, gather=gather_codec or None)
     world_size = 4 if "hierarchy" in settings else 2
