@@ -31,9 +31,8 @@ struct PayloadArg {
 
   PayloadSlice slice(int bits, int block) const {
     auto* base = reinterpret_cast<std::uint8_t*>(address);
-    const Index code_bytes = static_cast<Index>(bits) * block / 8;
-    auto* scales = reinterpret_cast<std::uint16_t*>(base + total_blocks * code_bytes);
-    return {base + first_block * code_bytes, scales + first_block};
+    auto* scales = reinterpret_cast<std::uint16_t*>(base + total_blocks * code_bytes(bits, block));
+    return {base + first_block * code_bytes(bits, block), scales + first_block};
   }
   PayloadStack stack(int bits, int block, Index stride, int count) const {
     const PayloadSlice first = slice(bits, block);

@@ -32,6 +32,16 @@ struct Window {
   std::uint64_t first_index;  // index in the whole tensor of the window's first element
 };
 
+COMMRT_HD std::int64_t code_bytes(int bits, int block) {
+  return static_cast<std::int64_t>(bits) * block / 8;
+}
+
+// Elements that the window has of a block.
+COMMRT_HD int valid_in_block(const Window& window, int block, std::int64_t index) {
+  const std::int64_t left = window.numel - index * block;
+  return static_cast<int>(left < block ? left : block);
+}
+
 struct Rounding {
   bool stochastic;
   std::uint64_t seed;

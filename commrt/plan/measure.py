@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import BlockwiseCodec, ExactCodec, LowRankCodec
-from commrt.collectives import Item, LowRankReducer, Reducer, Traffic, balanced
+from commrt.collectives import Item, LowRankReducer, Reducer, Traffic, balanced, new_residuals
 from commrt.errors import ConfigError
 from commrt.plan.model import (
     GRADIENT_BYTES,
@@ -144,10 +144,7 @@ def _coding_s(
     ranks = min(ranks, MOST_SHARDS)
     shards = balanced(tuple(numels), codec.block, ranks)
     tensors = torch.randn(sum(numels)).split(list(numels))
-    residuals = [
-        torch.zeros(codec.residual_bytes(numel), dtype=torch.uint8) if codec.residual_fmt else None
-        for numel in numels
-    ]
+    residuals = new_residuals(codec, numels, torch.device("cpu"))
 
     def payloads(of: BlockwiseCodec) -> list[Tensor]:
         return [
@@ -187,18 +184,18 @@ def _low_rank_s(
             basis=Reducer(codec.basis_codec, codec.basis_codec, group, group),
             values=Reducer(codec.values_codec, gather, group, group),
         )
-        items = [_low_rank_item(codec, torch.Size(shape)) for shape in shapes]
+        sizes = [torch.Size(shape) for shape in shapes]
+        residuals = new_residuals(codec, [size.numel() for size in sizes], torch.device("cpu"))
+        bases = [codec.new_basis(size, "") for size in sizes]
+        items = [
+            Item(torch.randn(size.numel()), 0, residual, shape=size, basis=basis)
+            for size, residual, basis in zip(sizes, residuals, bases, strict=True)
+        ]
         sent: list[Any] = []
         return _mean_s(
             lambda: sent.append(reducer.reduce_leg(items, traffic)),
             lambda: reducer.gather_leg(sent.pop(), items, traffic),
         )
-
-
-def _low_rank_item(codec: LowRankCodec, shape: torch.Size) -> Item:
-    residual = torch.zeros(codec.residual_bytes(shape.numel()), dtype=torch.uint8)
-    basis = codec.new_basis(shape, "")
-    return Item(torch.randn(shape.numel()), 0, residual, shape=shape, basis=basis)
 
 
 @contextmanager

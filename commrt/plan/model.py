@@ -5,7 +5,7 @@ the backward pass; a bucket is encoded, sent on the reduce leg, averaged, sent o
 decoded. The link carries one message after the other, each in ``latency + bytes / rate``; codecs
 share the cores with the compute. All-reduce and all-gather are rings with a latency a hop, or trees
 where those have fewer hops; an all-to-all reaches all peers at once, but for the cost of sending
-each message. Checked against four emulated nodes (bench/results); for thousands it is arithmetic.
+each message. Checked against emulated nodes (bench/results); for thousands it is arithmetic.
 """
 
 from __future__ import annotations

@@ -39,10 +39,9 @@ constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16}
 constexpr std::uint64_t kFirstIndex = (1ULL << 40) + 4096;  // past the low word of a counter
 constexpr std::uint64_t kSeed = 0x123456789abcdefULL;
 
-int size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 std::int64_t blocks_of(std::int64_t numel, int block) { return (numel + block - 1) / block; }
 std::int64_t payload_bytes(std::int64_t num_blocks, int bits, int block) {
-  return num_blocks * (bits * block / 8 + 2);
+  return num_blocks * (code_bytes(bits, block) + 2);
 }
 
 // Heap memory of an exact size, `shift` bytes behind an aligned address, beside a copy that is aligned.
@@ -77,7 +76,7 @@ class Buffer {
 // Numbers of every size, and now and then a block of zeros or one that is not finite.
 std::vector<std::uint8_t> random_elements(std::int64_t numel, int block, DType dtype,
                                           std::mt19937& random) {
-  std::vector<std::uint8_t> bytes(static_cast<std::size_t>(numel * size_of(dtype)) + 1);
+  std::vector<std::uint8_t> bytes(static_cast<std::size_t>(numel * element_size(dtype)) + 1);
   std::normal_distribution<float> normal;
   for (std::int64_t i = 0; i < numel; ++i) {
     const std::int64_t index = i / block;
@@ -100,7 +99,7 @@ std::vector<std::uint8_t> random_payload(std::int64_t num_blocks, int bits, int 
                                          std::mt19937& random, bool has_nan = true) {
   std::vector<std::uint8_t> bytes(static_cast<std::size_t>(payload_bytes(num_blocks, bits, block)));
   for (std::uint8_t& byte : bytes) byte = static_cast<std::uint8_t>(random());
-  std::uint8_t* scales = bytes.data() + num_blocks * (bits * block / 8);
+  std::uint8_t* scales = bytes.data() + num_blocks * code_bytes(bits, block);
   for (std::int64_t i = 0; i < num_blocks; ++i) {
     std::uint16_t scale = static_cast<std::uint16_t>(0x3c00 + random() % 0x200);
     if (i % 7 == 2) scale = 0;
@@ -111,7 +110,8 @@ std::vector<std::uint8_t> random_payload(std::int64_t num_blocks, int bits, int 
 }
 
 PayloadSlice slice(std::uint8_t* payload, std::int64_t num_blocks, int bits, int block) {
-  return {payload, reinterpret_cast<std::uint16_t*>(payload + num_blocks * (bits * block / 8))};
+  return {payload,
+          reinterpret_cast<std::uint16_t*>(payload + num_blocks * code_bytes(bits, block))};
 }
 
 class Checks {
@@ -156,13 +156,15 @@ void for_each_case(Body body) {
 }
 
 // Some cases are aligned, others by one element only; payloads by any number of bytes.
-int shift_of(DType dtype, int index) { return index % 2 ? size_of(dtype) : 0; }
+int shift_of(DType dtype, int index) {
+  return index % 2 ? static_cast<int>(element_size(dtype)) : 0;
+}
 int payload_shift(int index) { return index % 3 == 2 ? 1 + index % 7 : 0; }
 
 void check_block_encode(Checks& checks, std::mt19937& random) {
   for_each_case([&](Kind kind, int block, std::int64_t numel, DType dtype, int index) {
     const std::int64_t num_blocks = blocks_of(numel, block);
-    Buffer input(numel * size_of(dtype), shift_of(dtype, index));
+    Buffer input(numel * element_size(dtype), shift_of(dtype, index));
     input.set(random_elements(numel, block, dtype, random).data());
     Buffer payload(payload_bytes(num_blocks, kind.bits, block), payload_shift(index));
     const BlockFormat format{kind.bits, block, kind.mean_levels};
@@ -184,7 +186,7 @@ void check_loco_encode(Checks& checks, std::mt19937& random) {
   for_each_case([&](Kind kind, int block, std::int64_t numel, DType dtype, int index) {
     const int residual_bits = index % 5 < 2 ? 4 : 8;
     const std::int64_t num_blocks = blocks_of(numel, block);
-    Buffer grad(numel * size_of(dtype), shift_of(dtype, index));
+    Buffer grad(numel * element_size(dtype), shift_of(dtype, index));
     grad.set(random_elements(numel, block, dtype, random).data());
     Buffer residual(payload_bytes(num_blocks, residual_bits, block), payload_shift(index + 1));
     residual.set(random_payload(num_blocks, residual_bits, block, random, false).data());
@@ -241,7 +243,7 @@ void check_block_decode(Checks& checks, std::mt19937& random) {
     const std::int64_t num_blocks = blocks_of(numel, block);
     Buffer payload(payload_bytes(num_blocks, kind.bits, block), payload_shift(index));
     payload.set(random_payload(num_blocks, kind.bits, block, random).data());
-    Buffer output(numel * size_of(dtype), shift_of(dtype, index));
+    Buffer output(numel * element_size(dtype), shift_of(dtype, index));
     const BlockFormat format{kind.bits, block, kind.mean_levels};
     const auto args = [&](std::uint8_t* from, std::uint8_t* to) {
       return BlockDecodeArgs{
@@ -258,7 +260,7 @@ void check_decode_average(Checks& checks, std::mt19937& random) {
   for_each_case([&](Kind kind, int block, std::int64_t numel, DType dtype, int index) {
     const std::int64_t num_blocks = blocks_of(numel, block);
     Stack stack(1 + index % 5, num_blocks, kind.bits, block, index, random);
-    Buffer output(numel * size_of(dtype), shift_of(dtype, index));
+    Buffer output(numel * element_size(dtype), shift_of(dtype, index));
     const BlockFormat format{kind.bits, block, kind.mean_levels};
     const auto args = [&](std::uint8_t* from, std::uint8_t* to) {
       return DecodeAverageArgs{stack.of(from), {to, dtype, numel, 0}, format};

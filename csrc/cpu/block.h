@@ -20,15 +20,6 @@ struct alignas(64) TileBuffer {
   float value[kTileElements + kUniformSlack];
 };
 
-COMMRT_INLINE std::int64_t code_bytes(int bits, int block) {
-  return static_cast<std::int64_t>(bits) * block / 8;
-}
-
-COMMRT_INLINE int valid_in_block(const Window& window, int block, std::int64_t index) {
-  const std::int64_t left = window.numel - index * block;
-  return static_cast<int>(left < block ? left : block);
-}
-
 // The elements of a block: in place, or copied and padded with zeros where the tensor ends early.
 template <DType dtype>
 COMMRT_INLINE const std::uint8_t* block_input(const Window& window, int block, std::int64_t index,

@@ -43,6 +43,4 @@ constexpr int kLanes = 16;
 constexpr int kGroup = 32;  // elements whose codes are packed together
 constexpr int kUniformSlack = 32;
 
-constexpr std::int64_t element_size(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
-
 }  // namespace commrt::COMMRT_ISA

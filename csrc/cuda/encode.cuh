@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kThreads)
   float x[rows][kPerLane];
 #pragma unroll
   for (int row = 0; row < rows; ++row) load(args.input, place.element(row), x[row]);
-  const int valid = valid_in_block(place, args.input);
+  const int valid = valid_in_block(args.input, place.block_size(), place.block);
   const std::uint16_t scale = choose_scale(place, staged_by_warp<rows>(), args.format, valid, x);
   encode_block<bits>(place, scale, args.rounding, Stream::kCodes, args.input.first_index, x,
                      args.payload);
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) h[row][i] = fmaf(error[i], error_scale, h[row][i]);
   }
-  const int valid = valid_in_block(place, args.grad);
+  const int valid = valid_in_block(args.grad, place.block_size(), place.block);
   const std::uint16_t scale = choose_scale(place, staged_by_warp<rows>(), args.format, valid, h);
 
   const float sent_scale = bf16_to_float(scale), inverse = inverse_scale(scale);

@@ -262,7 +262,7 @@ __device__ __forceinline__ void store_codes(const Place<rows>& place, int row, s
   }
   const std::uint64_t word = pack<bits>(code);
   if (!place.is_block) return;
-  std::uint8_t* codes = payload.codes + place.block * (place.block_size() * bits / 8);
+  std::uint8_t* codes = payload.codes + place.block * code_bytes(bits, place.block_size());
   store_word<bits>(codes + word_offset<bits>(place.element_of_block(row)), word);
 }
 
@@ -271,7 +271,7 @@ template <int bits, int rows>
 __device__ __forceinline__ std::uint64_t load_codes(const Place<rows>& place, int row,
                                                     const std::uint8_t* codes) {
   if (!place.is_block) return 0;
-  codes += place.block * (place.block_size() * bits / 8);
+  codes += place.block * code_bytes(bits, place.block_size());
   return load_word<bits>(codes + word_offset<bits>(place.element_of_block(row)));
 }
 
@@ -290,13 +290,6 @@ __device__ __forceinline__ void encode_block(const Place<rows>& place, std::uint
     store_codes<bits>(place, row, scale, level, payload);
   }
   if (place.is_leader()) store_scale(payload.scales + place.block, scale);
-}
-
-// Elements that the window has of this lane's block.
-template <int rows>
-__device__ __forceinline__ int valid_in_block(const Place<rows>& place, const Window& window) {
-  const std::int64_t left = window.numel - place.block * place.block_size();
-  return static_cast<int>(left < place.block_size() ? left : place.block_size());
 }
 
 }  // namespace commrt::cuda

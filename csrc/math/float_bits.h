@@ -17,6 +17,10 @@ namespace commrt {
 
 enum class DType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+COMMRT_HD constexpr std::int64_t element_size(DType dtype) {
+  return dtype == DType::kFloat32 ? 4 : 2;
+}
+
 COMMRT_HD std::uint32_t float_to_bits(float x) {
   std::uint32_t bits;
   memcpy(&bits, &x, sizeof bits);
