@@ -1,4 +1,4 @@
-"""Builds csrc/checks/kernel_check.cpp: every CUDA kernel through the shim, beside the CPU's.
+"""Builds csrc/checks: every CUDA kernel through the shim, beside the CPU's, and the shim by itself.
 
 Objects stay in build/checks, by a digest of all they depend on; workers wait for each other.
 """
@@ -50,6 +50,17 @@ def check_program(tier: str) -> Path:
             objects = compile_all(sources, TIERS[tier], folder)
             link([*objects, *_cpu_objects()], TIERS[tier], folder / "kernel_check")
     return folder / "kernel_check"
+
+
+def shim_program(tier: str) -> Path:
+    """csrc/checks/shim_check.cpp, as this tier builds it."""
+    folder = folder_of(f"shim_{tier}")
+    with built_once(folder) as is_built:
+        if not is_built:
+            sources = [*shim_sources(CSRC), CSRC / "checks/shim_check.cpp"]
+            objects = compile_all(sources, TIERS[tier], folder)
+            link(objects, TIERS[tier], folder / "shim_check")
+    return folder / "shim_check"
 
 
 def mutant_program(tier: str, csrc: Path, ops: Sequence[str], folder: Path) -> Path:
@@ -121,7 +132,9 @@ def digest(kind: str) -> str:
     """Of the sources, the flags and the compiler."""
     total = hashlib.blake2b(digest_size=8)
     version = subprocess.run([CXX, "--version"], capture_output=True, check=True).stdout
-    total.update(repr((CXX_FLAGS, CPU_FLAGS, TIERS.get(kind), version)).encode())
+    total.update(
+        repr((CXX_FLAGS, CPU_FLAGS, TIERS.get(kind.removeprefix("shim_")), version)).encode()
+    )
     for path in sorted(CSRC.rglob("*")):
         if path.is_file():
             total.update(str(path.relative_to(CSRC)).encode() + path.read_bytes())

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.building import BUILD, CSRC, OPS, check_program, run
+from tests.cuda.building import BUILD, CSRC, OPS, attempt, check_program, run, shim_program
 
 LEAST_COVERAGE = 0.95
 
@@ -28,6 +28,20 @@ def test_kernels_pass(tier: str) -> None:
     cases = dict(re.findall(r"^(\w+): (\d+) cases$", found, re.MULTILINE))
     assert sorted(cases) == sorted(OPS)
     assert all(int(count) >= 48 for count in cases.values())
+
+
+@pytest.mark.parametrize("tier", ["plain", "asan", "ucontext"])
+def test_the_shim_does_what_cuda_does_and_names_what_is_undefined(tier: str) -> None:
+    found = run([shim_program(tier)])
+    assert found.count(": ok\n") == 11
+
+
+def test_the_shim_orders_what_a_barrier_orders_and_nothing_else() -> None:
+    program = shim_program("tsan")
+    assert run([program, "right"]).count(": ok\n") == 3
+    racing = attempt([program, "race"])
+    assert racing.returncode != 0
+    assert "data race" in racing.stdout
 
 
 @pytest.mark.slow
