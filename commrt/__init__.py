@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, NoopCodec, parse
     from commrt.collectives import all_gather, all_reduce_, new_residuals, reduce_scatter
-    from commrt.hooks import Comm, CommStats, attach, ddp_hook
+    from commrt.hooks import Comm, CommStats, ShardedComm, attach, ddp_hook
 
 __all__ = [
     "BlockCodec",
@@ -19,6 +19,7 @@ __all__ = [
     "ExactCodec",
     "LocoCodec",
     "NoopCodec",
+    "ShardedComm",
     "all_gather",
     "all_reduce_",
     "attach",
@@ -31,7 +32,7 @@ __all__ = [
 _HOME = {
     "commrt.codecs": ("BlockCodec", "Codec", "ExactCodec", "LocoCodec", "NoopCodec", "parse"),
     "commrt.collectives": ("all_gather", "all_reduce_", "new_residuals", "reduce_scatter"),
-    "commrt.hooks": ("Comm", "CommStats", "attach", "ddp_hook"),
+    "commrt.hooks": ("Comm", "CommStats", "ShardedComm", "attach", "ddp_hook"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from commrt.codecs.base import BlockwiseCodec, Codec, Window, derive_seed
 from commrt.codecs.block import BlockCodec
+from commrt.codecs.delta import DeltaCodec
 from commrt.codecs.exact import ExactCodec, NoopCodec
 from commrt.codecs.loco import LocoCodec
 from commrt.codecs.lowrank import LowRankCodec, matrix_shape, orthonormal
@@ -11,6 +12,7 @@ __all__ = [
     "BlockCodec",
     "BlockwiseCodec",
     "Codec",
+    "DeltaCodec",
     "ExactCodec",
     "LocoCodec",
     "LowRankCodec",

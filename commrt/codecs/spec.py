@@ -6,6 +6,7 @@ from typing import Any
 
 from commrt.codecs.base import Codec
 from commrt.codecs.block import BlockCodec
+from commrt.codecs.delta import DeltaCodec
 from commrt.codecs.exact import ExactCodec, NoopCodec
 from commrt.codecs.loco import LocoCodec
 from commrt.codecs.lowrank import LowRankCodec
@@ -15,6 +16,7 @@ from commrt.ops.format import BITS
 # By name: the class, and which argument the number after the name is.
 _FAMILIES: dict[str, tuple[type[Any], str]] = {
     "block": (BlockCodec, "bits"),
+    "delta": (DeltaCodec, "bits"),
     "loco": (LocoCodec, "bits"),
     "lowrank": (LowRankCodec, "rank"),
 }
@@ -29,7 +31,8 @@ def parse(spec: str | Codec) -> Codec:
         spec: ``"none"``, ``"noop"`` (sends nothing, a probe), or ``loco`` or ``block`` followed by
             the bits (1, 2, 4, 8), then options ``key=value`` after a colon, separated by commas:
             ``block``, ``levels``, ``rounding``; for LoCo also ``beta``, ``residual``, ``reset``.
-            Or ``lowrank`` followed by the rank, with ``bits``, ``basis``, ``block``.
+            Or ``lowrank`` followed by the rank, with ``bits``, ``basis``, ``block``. Or ``delta``
+            followed by the bits, with ``block``, for weights.
 
     Raises:
         ConfigError: For an unknown name, option or value; says what is allowed.

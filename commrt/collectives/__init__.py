@@ -12,8 +12,16 @@ from commrt.collectives.hierarchy import TwoLevelReducer
 from commrt.collectives.layout import balanced, share_of
 from commrt.collectives.lowrank import LowRankReducer
 from commrt.collectives.order import Pipeline, StreamPipeline, ThreadPipeline
-from commrt.collectives.reducer import Averager, Item, Reducer, all_reduce_exact_, check_gather
-from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes
+from commrt.collectives.reducer import (
+    Averager,
+    Item,
+    Reducer,
+    all_reduce_exact_,
+    check_gather,
+    timed,
+)
+from commrt.collectives.sharded import Scatterer, ShardReducer, TwoLevelScatterer
+from commrt.collectives.traffic import Traffic, ring_all_reduce_bytes, ring_scatter_bytes
 
 __all__ = [
     "Averager",
@@ -23,10 +31,13 @@ __all__ = [
     "LowRankReducer",
     "Pipeline",
     "Reducer",
+    "Scatterer",
+    "ShardReducer",
     "StreamPipeline",
     "ThreadPipeline",
     "Traffic",
     "TwoLevelReducer",
+    "TwoLevelScatterer",
     "all_gather",
     "all_reduce_",
     "all_reduce_exact_",
@@ -38,5 +49,7 @@ __all__ = [
     "new_residuals",
     "reduce_scatter",
     "ring_all_reduce_bytes",
+    "ring_scatter_bytes",
     "share_of",
+    "timed",
 ]

@@ -108,10 +108,10 @@ def reduce_scatter(
     traffic = Traffic()
     sections = [Section(codec, reducer.gather, items, one_each(numels, codec.block))]
     received = reducer.exchange(reducer.encode(sections, traffic), sections, traffic)
-    num_blocks = codec.num_blocks(numels[reducer.rank])
-    output = torch.empty(num_blocks * codec.block, dtype=torch.float32, device=input.device)
-    reducer.average(received, sections, [output])
-    return output[: numels[reducer.rank]]
+    numel = numels[reducer.rank]
+    if numel == 0:
+        return torch.empty(0, dtype=torch.float32, device=input.device)
+    return reducer.average(received, sections)[0][:numel].clone()
 
 
 def all_gather(

@@ -16,7 +16,6 @@ low-bit, and the residual belongs to the node's mean.
 import dataclasses
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from commrt.collectives.exchange import gather_payloads
@@ -42,7 +41,7 @@ class TwoLevelReducer:
 
     def reduce_leg(self, items: Sequence[Item], traffic: Traffic) -> Tensor:
         """Average over the node, then send the shares between nodes. Residuals are of shares."""
-        whole = [dataclasses.replace(item, residual=None) for item in items]
+        whole = [dataclasses.replace(item, residual=None, carry=None) for item in items]
         sections = self.intra.sections(whole, cut=split_each)
         inside = Traffic()
         send = self.intra.encode(sections, inside)
@@ -86,19 +85,10 @@ class TwoLevelReducer:
         self, received: Tensor, sections: Sequence[Section], items: Sequence[Item]
     ) -> list[Item]:
         """This rank's share of each item, fp32, coded ones first as in the sections."""
-        block, rank = self.inter.codec.block, self.intra.rank
-        sizes = [part.layout.num_blocks(rank) * block for part in sections]
-        mean = self.intra.scratch.take("mean", sum(sizes) * 4, received.device)
-        means = list(mean.view(torch.float32).split(sizes))
-        self.intra.average(received, sections, means)
+        pieces = self.intra.average(received, sections)
         ordered = sorted(items, key=lambda item: item.is_small)
-        pieces = [
-            values[window.at_block * block :]
-            for part, values in zip(sections, means, strict=True)
-            for _, window in part.layout.shards[rank]
-        ]
         shares = []
         for item, values in zip(ordered, pieces, strict=True):
-            begin, end = self._bounds(rank, item.tensor)
+            begin, end = self._bounds(self.intra.rank, item.tensor)
             shares.append(dataclasses.replace(item, tensor=values[: end - begin]))
         return shares

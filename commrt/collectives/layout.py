@@ -88,11 +88,19 @@ def split_each(numels: tuple[int, ...], block: int, world_size: int) -> Layout:
     return Layout(tuple(shards))
 
 
+@functools.lru_cache(maxsize=1024)
+def owned(numels: tuple[int, ...], owners: tuple[int, ...], block: int, world_size: int) -> Layout:
+    """Each tensor belongs to one rank as a whole; a rank may own none, or many."""
+    shards: list[list[Piece]] = [[] for _ in range(world_size)]
+    blocks = [0] * world_size
+    for tensor, (numel, owner) in enumerate(zip(numels, owners, strict=True)):
+        num_blocks = -(-numel // block)
+        if num_blocks:
+            shards[owner].append(Piece(tensor, Window(0, num_blocks, blocks[owner])))
+            blocks[owner] += num_blocks
+    return Layout(tuple(map(tuple, shards)))
+
+
 def one_each(numels: Sequence[int], block: int) -> Layout:
     """Tensor r is the shard of rank r, whatever its size."""
-    return Layout(
-        tuple(
-            (Piece(rank, Window(0, -(-numel // block), 0)),) if numel else ()
-            for rank, numel in enumerate(numels)
-        )
-    )
+    return owned(tuple(numels), tuple(range(len(numels))), block, len(numels))

@@ -103,6 +103,8 @@ class LowRankReducer:
             if is_used is not True:
                 error.mul_(is_used)
             matrix.add_(error.view_as(matrix))
+            if item.carry is not None:
+                matrix.add_(item.carry.view_as(matrix) * is_used)
         return matrix
 
     def _keep(self, item: Item, error: Tensor, is_used: Tensor | bool) -> None:
@@ -110,7 +112,10 @@ class LowRankReducer:
         assert item.residual is not None
         stored = self.values.scratch.take("stored", item.residual.numel(), error.device)
         self.codec.encode_residual(error.view(-1), stored, item.seed)
-        update_(item.residual, stored, self.codec.is_finite(stored) & is_used)
+        is_kept = self.codec.is_finite(stored) & is_used
+        update_(item.residual, stored, is_kept)
+        if item.carry is not None:
+            update_(item.carry, torch.zeros_like(item.carry), is_kept)
 
     def _rows(self, factors: Sequence[Tensor], items: Sequence[Item]) -> list[Item]:
         """The factors as items, a row each where blocks would straddle rows."""

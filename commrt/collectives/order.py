@@ -132,6 +132,10 @@ class ThreadPipeline(Pipeline):
         # Future.set_exception would reach DDP as a failed cast; raising in then() arrives intact.
         return outcome.then(_unwrap)
 
+    def submit_first(self, job: Leg) -> Future[Tensor]:
+        """Queue a job of one leg among the first legs."""
+        return submit_to(self._first, job)
+
     def close(self, *, wait: bool = True) -> None:
         """See :class:`Pipeline`; closing again does nothing."""
         if self._is_closed:
@@ -171,6 +175,13 @@ class StreamPipeline(Pipeline):
         """See :class:`Pipeline`; there is no thread to end."""
         if wait:
             self._stream.synchronize()
+
+
+def submit_to(worker: FifoWorker, job: Leg) -> Future[Tensor]:
+    """Queue a job; the future has its result, or raises what it raised."""
+    outcome: Future[Any] = Future()
+    worker.submit(job, lambda result, error: outcome.set_result((result, error)))
+    return outcome.then(_unwrap)
 
 
 def _unwrap(outcome: Future[Any]) -> Tensor:

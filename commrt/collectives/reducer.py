@@ -40,6 +40,8 @@ class Item:
         is_small: Whether it goes in the codec of small tensors.
         shape: Of the parameter, for codecs of matrices.
         basis: Updated, for codecs of matrices.
+        carry: fp32, added to the tensor before it is sent, and zeroed where it was.
+        owner: The rank whose shard it is, where each tensor has one.
     """
 
     tensor: Tensor
@@ -48,6 +50,8 @@ class Item:
     is_small: bool = False
     shape: torch.Size | None = None
     basis: Tensor | None = None
+    carry: Tensor | None = None
+    owner: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,8 +72,12 @@ class Section:
 
 
 class _Loan(NamedTuple):
-    """A residual to encode with, or a copy of it, which is kept if its gradient was used."""
+    """What to encode an item from: its tensor and residual, or copies of them.
 
+    The tensor's copy has in it what is carried; the residual's is kept if the gradient was used.
+    """
+
+    source: Tensor
     residual: Tensor | None
     is_used: Tensor | bool
 
@@ -154,17 +162,16 @@ class Reducer:
     def encode(self, sections: Sequence[Section], traffic: Traffic) -> Tensor:
         """Every shard's payload, one after the other."""
         sizes = self._reduce_sizes(sections)
-        device = next(item.tensor.device for part in sections for item in part.items)
-        send = self.scratch.take("send", sum(sizes), device)
+        send = self.scratch.take("send", sum(sizes), _device(sections))
         with timed(traffic, "codec_s"):
             lent = [[self._lend(item) for item in part.items] for part in sections]
             for rank, slot in enumerate(send.split(sizes)):
                 for part, loans in zip(sections, lent, strict=True):
                     payload, slot = _cut(slot, part.layout, part.codec, rank)
                     for index, window in part.layout.shards[rank]:
-                        item, residual = part.items[index], loans[index].residual
+                        loan, seed = loans[index], part.items[index].seed
                         part.codec.encode(
-                            item.tensor, payload, window, residual=residual, seed=item.seed
+                            loan.source, payload, window, residual=loan.residual, seed=seed
                         )
             for part, loans in zip(sections, lent, strict=True):
                 for item, loan in zip(part.items, loans, strict=True):
@@ -196,11 +203,23 @@ class Reducer:
         traffic.reduce_bytes += sum(sizes) - own - exact
         return received.view(self.world_size, own)
 
-    def average(self, received: Tensor, sections: Sequence[Section], outputs: list[Tensor]) -> None:
-        """The fp32 mean of this rank's shard of each section, whole blocks."""
-        for part, output in zip(sections, outputs, strict=True):
-            exact = ExactCodec(block=part.codec.block)
+    def average(self, received: Tensor, sections: Sequence[Section]) -> list[Tensor]:
+        """The fp32 mean of each piece of this rank's shard, in whole blocks.
+
+        One section's pieces come after the other's. They are valid until the next call.
+        """
+        block = self.codec.block
+        sizes = [part.layout.num_blocks(self.rank) * block for part in sections]
+        mean = self.scratch.take("mean", sum(sizes) * 4, received.device).view(torch.float32)
+        pieces = []
+        for part, output in zip(sections, mean.split(sizes), strict=True):
+            exact = ExactCodec(block=block)
             received = self._average_into(received, part, exact, output.view(torch.uint8))
+            pieces += [
+                output[window.at_block * block :][: window.num_blocks * block]
+                for _, window in part.layout.shards[self.rank]
+            ]
+        return pieces
 
     def share(self, received: Tensor, sections: Sequence[Section], traffic: Traffic) -> Tensor:
         """Average this rank's shard; returns every rank's mean, encoded, in :meth:`slot_bytes`."""
@@ -212,9 +231,7 @@ class Reducer:
                 payload, rest = _cut(rest, part.layout, part.gather, self.rank)
                 received = self._average_into(received, part, part.gather, payload)
             rest.zero_()
-        gathered = self.scratch.take("gathered", slot * self.world_size, received.device)
-        with timed(traffic, "network_s"):
-            gather_payloads(gathered, own, self.gather_group)
+        gathered = self.spread(own, traffic)
         exact = sum(
             part.layout.slot_bytes(part.gather, self.rank)
             for part in sections
@@ -222,6 +239,26 @@ class Reducer:
         )
         traffic.exact_bytes += exact * (self.world_size - 1)
         traffic.gather_bytes += (slot - exact) * (self.world_size - 1)
+        return gathered
+
+    def encode_own(self, sections: Sequence[Section], traffic: Traffic) -> Tensor:
+        """This rank's shard in the gather codec, in :meth:`slot_bytes`."""
+        own = self.scratch.take("own", self.slot_bytes(sections), _device(sections))
+        with timed(traffic, "codec_s"):
+            rest = own
+            for part in sections:
+                payload, rest = _cut(rest, part.layout, part.gather, self.rank)
+                for index, window in part.layout.shards[self.rank]:
+                    item = part.items[index]
+                    part.gather.encode(item.tensor, payload, window, residual=None, seed=item.seed)
+            rest.zero_()
+        return own
+
+    def spread(self, own: Tensor, traffic: Traffic) -> Tensor:
+        """Every rank's ``own``, of the same size on all, in rank order."""
+        gathered = self.scratch.take("gathered", own.numel() * self.world_size, own.device)
+        with timed(traffic, "network_s"):
+            gather_payloads(gathered, own, self.gather_group)
         return gathered
 
     def slot_bytes(self, sections: Sequence[Section]) -> int:
@@ -261,12 +298,13 @@ class Reducer:
 
     def _lend(self, item: Item) -> "_Loan":
         """The residual to encode with: zeros for a gradient of zeros, if those are held back."""
-        if item.residual is None or not self.hold_zeros:
-            return _Loan(item.residual, True)
-        is_used = has_elements(item.tensor)
-        if is_used is True:
-            return _Loan(item.residual, True)
-        return _Loan(item.residual * is_used, is_used)
+        is_used: Tensor | bool = True
+        if item.residual is not None and self.hold_zeros:
+            is_used = has_elements(item.tensor)
+        source = add_carry(item, is_used, self.codec.block)
+        if item.residual is None or is_used is True:
+            return _Loan(source, item.residual, True)
+        return _Loan(source, item.residual * is_used, is_used)
 
     def _average_into(
         self, received: Tensor, part: Section, codec: BlockwiseCodec, output: Tensor
@@ -282,6 +320,10 @@ class Reducer:
         else:
             codec.encode_average(payloads, part.codec, output)
         return received[:, size:]
+
+
+def _device(sections: Sequence[Section]) -> torch.device:
+    return next(item.tensor.device for part in sections for item in part.items)
 
 
 def _cut(slot: Tensor, layout: Layout, codec: BlockwiseCodec, rank: int) -> tuple[Tensor, Tensor]:
@@ -317,6 +359,22 @@ def check_gather(codec: Codec, gather: Codec, name: str = "gather") -> Blockwise
         raise ConfigError(f"{name} has block={gather.block}: must be the codec's {codec.block}")
     assert isinstance(gather, BlockwiseCodec)
     return gather
+
+
+def add_carry(item: Item, is_used: Tensor | bool, block: int) -> Tensor:
+    """What to send of an item: its tensor and, if that is used, what it carries.
+
+    What was added is taken out of the carry, but for blocks with an element that is not finite:
+    they are not compensated either.
+    """
+    if item.carry is None or is_used is False:
+        return item.tensor
+    source = torch.add(item.tensor.float(), item.carry * is_used)
+    numel = source.numel()
+    blocks = torch.nn.functional.pad(source, (0, -numel % block)).view(-1, block)
+    is_sent = blocks.isfinite().all(dim=1, keepdim=True) & is_used
+    item.carry.mul_(~is_sent.expand_as(blocks).reshape(-1)[:numel])
+    return source
 
 
 def has_elements(tensor: Tensor) -> Tensor | bool:

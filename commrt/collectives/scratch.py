@@ -5,23 +5,29 @@ import itertools
 import torch
 from torch import Tensor
 
+from commrt.collectives.order import is_queued
+
 # One payload is being received, one waits for the gather leg, one is in it.
 RECEIVED_IN_FLIGHT = 3
 
 
 class Scratch:
-    """Named uint8 buffers that grow to the largest size asked for. One caller a name at a time."""
+    """Named uint8 buffers that grow to the largest size asked for. One caller a name at a time.
+
+    On a GPU each stream has its own, so that work on one never overwrites what another still reads.
+    """
 
     def __init__(self) -> None:
-        self._buffers: dict[str, Tensor] = {}
+        self._buffers: dict[tuple[str, int], Tensor] = {}
         self._turns = itertools.cycle(range(RECEIVED_IN_FLIGHT))
 
     def take(self, name: str, num_bytes: int, device: torch.device) -> Tensor:
         """The buffer of this name, with undefined content; what it held before is lost."""
-        buffer = self._buffers.get(name)
+        key = (name, torch.cuda.current_stream(device).cuda_stream if is_queued(device) else 0)
+        buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < num_bytes:
-            self._buffers.pop(name, None)
-            buffer = self._buffers[name] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
         return buffer[:num_bytes]
 
     def take_received(self, num_bytes: int, device: torch.device) -> Tensor:

@@ -1,7 +1,9 @@
 """Where a model is attached."""
 
+from commrt.hooks.attaching import attach
 from commrt.hooks.comm import Comm
-from commrt.hooks.ddp import attach, ddp_hook
+from commrt.hooks.ddp import ddp_hook
 from commrt.hooks.report import CommStats
+from commrt.hooks.sharded import ShardedComm
 
-__all__ = ["Comm", "CommStats", "attach", "ddp_hook"]
+__all__ = ["Comm", "CommStats", "ShardedComm", "attach", "ddp_hook"]

@@ -91,7 +91,9 @@ class Legs:
         if isinstance(self._codec, LocoCodec) and self._codec.is_reset(step):
             self._residuals.reset([entry.name for entry in entries])
         items = [self._item(entry, step) for entry in entries]
-        return items, self._wiring.averager.reduce_leg(items, self.reduce_traffic)
+        received = self._wiring.averager.reduce_leg(items, self.reduce_traffic)
+        self._residuals.settle(entry.name for entry in entries)
+        return items, received
 
     def gather(self, buffer: Tensor, reduced: tuple[list[Item], Any]) -> Tensor:
         """Second leg: average, gather and decode into the bucket, which is returned."""
@@ -107,4 +109,5 @@ class Legs:
             entry.is_small,
             entry.shape,
             self._residuals.basis(entry.name),
+            self._residuals.carry(entry.name),
         )

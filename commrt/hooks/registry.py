@@ -29,12 +29,15 @@ class Registry:
         """The name that it has, or gets: by the order of first sight, where none is given."""
         return self._names.setdefault(parameter, name or f"parameter.{len(self._names)}")
 
-    def admit(self, parameter: Tensor) -> bool:
-        """Decide on a parameter; whether it is newly one of those that are compressed."""
+    def admit(self, parameter: Tensor, reason: str = "") -> bool:
+        """Decide on a parameter; whether it is newly one of those that are compressed.
+
+        ``reason`` is one not to, besides those of its own size and shape.
+        """
         name = self.name(parameter)
         if name in self.exempt or name in self.compressed:
             return False
-        reason = self._exemption(parameter)
+        reason = self._exemption(parameter) or reason
         if reason:
             self.exclude(parameter, reason)
         else:

@@ -6,17 +6,17 @@ from typing import Any
 from commrt.errors import StateError
 from commrt.hooks.residuals import Residuals, Unmatched
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 State = Mapping[str, Any]
 
-_KEYS = ("steps", "loss_scale", "residuals", "shards", "bases")
+_KEYS = ("steps", "loss_scale", "residuals", "shards", "bases", "carries")
 
 
 def check_own(state: State, identity: State, residuals: Residuals, strict: bool) -> Unmatched:
     """Raise StateError unless ``state`` is of this rank, in a world like this one."""
     unmatched = _check(state, identity, tuple(identity), residuals, strict)
     if not residuals.fits(state):
-        raise StateError("state dict is of another hierarchy: load those of all ranks")
+        raise StateError("state dict is of other shards: load those of all ranks")
     return unmatched
 
 
@@ -29,7 +29,7 @@ def check_world(
     unmatched = [
         _check(state, identity, ("version", "codec"), residuals, strict) for state in states
     ]
-    for key in ("world_size", "nodes", "steps", "loss_scale"):
+    for key in ("world_size", "placement", "steps", "loss_scale"):
         if any(state[key] != states[0][key] for state in states):
             raise StateError(f"state dicts differ in {key}: {[state[key] for state in states]}")
     ranks = sorted(state["rank"] for state in states)

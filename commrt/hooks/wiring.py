@@ -2,21 +2,33 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
 
-from commrt.codecs import BlockwiseCodec, Codec, LowRankCodec, parse, with_block
+from commrt.codecs import (
+    BlockwiseCodec,
+    Codec,
+    DeltaCodec,
+    ExactCodec,
+    LowRankCodec,
+    parse,
+    with_block,
+)
 from commrt.collectives import (
     Averager,
     GroupMaker,
     LegGroups,
     LowRankReducer,
     Reducer,
+    Scatterer,
+    ShardReducer,
     TwoLevelReducer,
+    TwoLevelScatterer,
     check_gather,
 )
+from commrt.errors import ConfigError
 
 Nodes = Sequence[Sequence[int]]
 """The (global) ranks of each node; without a hierarchy every rank is one."""
@@ -24,28 +36,40 @@ Nodes = Sequence[Sequence[int]]
 
 @dataclasses.dataclass(frozen=True)
 class Codecs:
-    """What each kind of traffic is coded with: the arguments of :class:`commrt.Comm`, checked."""
+    """What each kind of traffic is coded with, checked.
+
+    Attributes:
+        codec: Gradients, to their owners.
+        gather: Their mean, back to everybody.
+        intra: Gradients inside a node.
+        small: Gradients of small parameters.
+        weights: The weights of a sharded model.
+    """
 
     codec: Codec
     gather: BlockwiseCodec
     intra: BlockwiseCodec
     small: BlockwiseCodec
+    weights: Codec
 
     @classmethod
-    def parse(cls, codec: str | Codec, **others: str | Codec) -> Self:
+    def parse(cls, codec: str | Codec, *, weights: str | Codec = "none", **others: Any) -> Self:
         """From spec strings; all take the block size of the first.
 
         Raises:
             ConfigError: Names the argument and what it may be.
         """
         first = parse(codec)
-        return cls(
-            first,
-            **{
-                name: check_gather(first, with_block(spec, first.block), name)
-                for name, spec in others.items()
-            },
-        )
+        if isinstance(first, DeltaCodec):
+            raise ConfigError(f"codec={first.spec!r}: only gather= of a sharded model takes it")
+        second = with_block(weights, first.block)
+        if not isinstance(second, DeltaCodec):
+            check_gather(first, second)
+        plain = {
+            name: check_gather(first, with_block(spec, first.block), name)
+            for name, spec in others.items()
+        }
+        return cls(first, **plain, weights=second)
 
     def specs(self) -> dict[str, str]:
         """The canonical spec string of each."""
@@ -116,6 +140,101 @@ class Wiring:
                 codecs.codec, codecs.gather, peers.reduce, peers.gather, hold_zeros, codecs.small
             ),
         )
+
+
+class ShardWiring:
+    """The process groups of a sharded model's units that share them, and what runs over them.
+
+    Args:
+        codecs: What they send.
+        shards: Group of the ranks that have a shard each.
+        nodes: Where each of them is.
+        replicas: Group of the ranks that have the same shard, with hybrid sharding.
+        device: Where the tensors are.
+
+    Attributes:
+        group: The ranks with a shard each, for gradients.
+        gather_group: The same, for weights.
+        ranks: Theirs, in the default group.
+        scatterer: Brings gradients to their owners; None where they go uncompressed.
+        gatherer: Brings weights to everybody; None where they go uncompressed.
+        replica_group: The ranks with the same shard, for gradients.
+        averager: Of a shard's gradient over its replicas.
+
+    Ranks: all of the parent.
+    """
+
+    scatterer: Scatterer | None = None
+    gatherer: ShardReducer | None = None
+    replica_group: dist.ProcessGroup | None = None
+    averager: Averager | None = None
+
+    def __init__(
+        self,
+        codecs: Codecs,
+        shards: dist.ProcessGroup,
+        nodes: Nodes,
+        replicas: dist.ProcessGroup | None,
+        device: torch.device,
+    ) -> None:
+        maker = GroupMaker(shards, device)
+        self.ranks = dist.get_process_group_ranks(shards)
+        whole = maker.make(self.ranks)
+        self._groups = [whole]
+        self.group, self.gather_group = whole.reduce, whole.gather
+        codec = codecs.codec
+        assert isinstance(codec, BlockwiseCodec)
+        weights = codecs.weights
+        if isinstance(weights, DeltaCodec):
+            weights = weights.differences
+        if not isinstance(weights, ExactCodec):
+            assert isinstance(weights, BlockwiseCodec)
+            self.gatherer = ShardReducer(Reducer(weights, weights, whole.gather, whole.gather))
+        if replicas is not None:
+            others = GroupMaker(replicas, device).make(dist.get_process_group_ranks(replicas))
+            self._groups.append(others)
+            self.replica_group = others.reduce
+            if not isinstance(codec, ExactCodec):
+                self.averager = Reducer(
+                    codec, codecs.gather, others.reduce, others.gather, small=codecs.small
+                )
+            if not isinstance(codecs.intra, ExactCodec):
+                self.scatterer = _shard_reducer(codecs.intra, codecs, whole)
+        elif isinstance(codec, ExactCodec):
+            return
+        elif len(nodes[0]) > 1:
+            self.scatterer = self._two_levels(codec, codecs, nodes, maker)
+        else:
+            self.scatterer = _shard_reducer(codec, codecs, whole)
+
+    def destroy(self) -> None:
+        """Give up the groups. Ranks: all, with nothing under way."""
+        for groups in self._groups:
+            for group in {groups.reduce, groups.gather}:
+                dist.destroy_process_group(group)
+
+    def _two_levels(
+        self, codec: BlockwiseCodec, codecs: Codecs, nodes: Nodes, maker: GroupMaker
+    ) -> Scatterer:
+        node, local_rank = place(nodes)
+        local = maker.make(node)
+        peers = maker.make([node[local_rank] for node in nodes])
+        self._groups += [local, peers]
+        places = {
+            rank: (number, local)
+            for number, node in enumerate(nodes)
+            for local, rank in enumerate(node)
+        }
+        return TwoLevelScatterer(
+            intra=_shard_reducer(codecs.intra, codecs, local),
+            inter=_shard_reducer(codec, codecs, peers),
+            places=[places[rank] for rank in self.ranks],
+        )
+
+
+def _shard_reducer(codec: BlockwiseCodec, codecs: Codecs, groups: LegGroups) -> ShardReducer:
+    exact = ExactCodec(block=codec.block)
+    return ShardReducer(Reducer(codec, exact, groups.reduce, groups.gather, small=codecs.small))
 
 
 def place(nodes: Nodes) -> tuple[Sequence[int], int]:

@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commrt
 from commrt.codecs import LocoCodec
+from commrt.hooks.residuals import Shard
 
 IN, OUT = 32, 8
 EXEMPT = {"0.bias", "1.weight", "1.bias", "3.bias", "5.weight", "5.bias"}
@@ -146,7 +147,9 @@ class Ledger:
         }
         self.given, self.received = copy.deepcopy(zeros), copy.deepcopy(zeros)
         self.rounding = dict.fromkeys(zeros, 0.0)
-        self.ranks_per_node = dist.get_world_size() // len(self.comm.state_dict()["nodes"])
+        self.ranks_per_node = 1
+        if self.comm.hierarchy is not None:
+            self.ranks_per_node = len(self.comm._nodes[0])
 
     def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
@@ -185,7 +188,40 @@ class Ledger:
 
 def residual_of(codec: LocoCodec, state: Mapping[str, Any], name: str) -> Tensor:
     """The residual in a state dict, of the whole parameter; zeros where other ranks keep it."""
-    begin, end, numel = state["shards"][name]
-    errors = torch.zeros(numel)
-    codec.decode_residual(state["residuals"][name], errors[begin:end])
-    return errors
+    shards = [Shard(*shard) for shard in state["shards"][name]]
+    sizes = [codec.residual_bytes(shard.size) for shard in shards]
+    carry = state["carries"].get(name, torch.zeros(sum(shard.size for shard in shards)))
+    whole = torch.zeros(shards[0].numel)
+    parts = carry.split([shard.size for shard in shards])
+    payloads = state["residuals"][name].split(sizes)
+    for shard, payload, part in zip(shards, payloads, parts, strict=True):
+        errors = torch.empty(shard.size)
+        codec.decode_residual(payload, errors)
+        errors += (1 - codec.beta) * part
+        shard.of(whole).copy_(errors.view(shard.outer, -1))
+    return whole
+
+
+def owed(states: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """What the mean gradient is still due by the states of all ranks: the sum of the residuals,
+    divided by how many ranks keep one of an element.
+    """
+    codec = commrt.parse(states[0]["codec"])
+    assert isinstance(codec, LocoCodec)
+    due = {}
+    for name in states[0]["residuals"]:
+        kept = [Shard(*shard) for state in states for shard in state["shards"][name]]
+        num_holders = sum(shard.size for shard in kept) // kept[0].numel
+        due[name] = sum(residual_of(codec, state, name) for state in states) / num_holders
+    return due
+
+
+def assert_same_owed(
+    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
+) -> None:
+    """But for rounding in fp32, although every rank's residual was rounded to its bits anew."""
+    expected, found = owed(first), owed(second)
+    assert expected.keys() == found.keys()
+    for name, due in expected.items():
+        assert due.any(), name
+        assert (found[name] - due).abs().max() <= 1e-6 * due.abs().max(), name

@@ -1,0 +1,144 @@
+"""FSDP1 (``FullyShardedDataParallel``): its communication hook, with a state for each unit.
+
+The hook says neither which unit calls it nor what is in its buffer. Both are read from private
+attributes (the unit's hook state, the layout of its flat parameter), in this file only.
+"""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+from commrt.collectives.torch_names import reduce_scatter_single
+from commrt.errors import ConfigError
+from commrt.hooks.naming import plain_name
+from commrt.hooks.residuals import Shard
+from commrt.hooks.sharded import Plain, ShardedComm
+from commrt.hooks.units import Parameter, Part, Unit, UnitLayout
+
+_HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+
+
+def find_units(model: FullyShardedDataParallel) -> list[tuple[Any, Unit]]:
+    """FSDP's modules with parameters of their own, and units of them.
+
+    Raises:
+        ConfigError: For what the hook cannot do, with its reason.
+    """
+    if not model.check_is_root():
+        raise ConfigError("model is a part of an FSDP model: attach to the whole")
+    names = {module: plain_name(name) for name, module in model.named_modules()}
+    found = []
+    for module in FullyShardedDataParallel.fsdp_modules(model):
+        if module.sharding_strategy in _HYBRID:
+            raise ConfigError(
+                f"sharding strategy {module.sharding_strategy.name}: FSDP1 calls no hook with it; "
+                "use fully_shard with a mesh of two dimensions"
+            )
+        if module._comm_hook is not None:
+            raise ConfigError("model has a communication hook already: FSDP takes one")
+        if module._handle is not None:
+            found.append((module, _unit(module, names[module])))
+    if not found:
+        raise ConfigError("model has no parameters")
+    return found
+
+
+def install(comm: ShardedComm, model: Any, found: Sequence[tuple[Any, Unit]]) -> None:
+    """Register the hook, with a state of its own for every unit."""
+    model.register_comm_hook(None, _hook)
+    for module, unit in found:
+        is_sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
+        module._comm_hook_state = _Hook(comm, module, unit, is_sharded)
+
+
+class _Hook:
+    """What FSDP1 calls, for one unit."""
+
+    def __init__(self, comm: ShardedComm, module: Any, unit: Unit, is_sharded: bool) -> None:
+        self._comm, self._module, self._unit = comm, module, unit
+        self._is_sharded = is_sharded
+
+    def average(self, gradient: Tensor) -> None:
+        """NO_SHARD: in place."""
+        self._comm.all_reduce(
+            self._unit,
+            lambda: self._unit.layout,
+            gradient,
+            group=self._unit.shards,
+            scale=1.0,
+            plain=self._divided(gradient, gradient, functools.partial(dist.all_reduce, gradient)),
+            may_defer=False,
+        )
+
+    def reduce_scatter(self, gradient: Tensor, output: Tensor) -> None:
+        """Sharded: from the padded flat gradient to this rank's chunk."""
+        plain = functools.partial(reduce_scatter_single, output, gradient)
+        self._comm.reduce_scatter(
+            self._unit,
+            lambda: self._unit.layout,
+            output,
+            gradient,
+            scale=1.0,
+            plain=self._divided(gradient, output, plain),
+            may_defer=False,
+        )
+
+    def _divided(self, gradient: Tensor, output: Tensor, collective: Any) -> Plain:
+        """As FSDP1 without a hook: divide before and after, by about the root of the ranks each."""
+
+        def plain(group: dist.ProcessGroup) -> None:
+            gradient.div_(self._module._gradient_predivide_factor)
+            collective(group=group)
+            output.div_(self._module._gradient_postdivide_factor)
+
+        return plain
+
+
+def _hook(state: _Hook, gradient: Tensor, output: Tensor | None = None) -> None:
+    if output is None:
+        state.average(gradient)
+    else:
+        state.reduce_scatter(gradient, output)
+
+
+def _unit(module: Any, name: str) -> Unit:
+    flat = module._handle.flat_param
+    is_sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
+    group = module.process_group
+    world_size = dist.get_world_size(group) if is_sharded else 1
+    prefix = f"{name}." if name else ""
+    names = [plain_name(prefix + fqn) for fqn in flat._fqns]
+    return Unit(
+        name=name,
+        parameters={
+            name: Parameter(torch.empty(shape, dtype=flat.dtype, device="meta"), True)
+            for name, shape in zip(names, flat._shapes, strict=True)
+        },
+        layout=_layout(flat, names, world_size),
+        shards=group,
+        replicas=None if is_sharded else group,
+        device=module.compute_device,
+    )
+
+
+def _layout(flat: Any, names: Sequence[str], world_size: int) -> UnitLayout:
+    """As FSDP1 lays out a flat parameter: one after the other, cut into equal chunks."""
+    sizes = flat._numels_with_padding
+    chunk = -(-sum(sizes) // world_size)
+    offsets = [0, *itertools.accumulate(sizes)]
+    begins = itertools.compress(offsets, (not pad for pad in flat._is_padding_mask))
+    parts = []
+    for name, begin, shape in zip(names, begins, flat._shapes, strict=True):
+        numel = shape.numel()
+        for owner in range(begin // chunk, -(-(begin + numel) // chunk)):
+            low = max(begin, owner * chunk)
+            high = min(begin + numel, (owner + 1) * chunk)
+            shard = Shard(low - begin, high - begin, numel)
+            parts.append(Part(name, shard, owner, low - owner * chunk))
+    return UnitLayout(tuple(sorted(parts, key=lambda p: (p.owner, p.offset))), chunk, world_size)

@@ -1,0 +1,515 @@
+"""The communication of one sharded model, unit by unit: what FSDP1 and FSDP2 have in common."""
+
+import functools
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.amp import GradScaler
+from torch.autograd import Variable
+from torch.futures import Future
+
+from commrt import ops
+from commrt.codecs import (
+    Codec,
+    ExactCodec,
+    LocoCodec,
+    LowRankCodec,
+    NoopCodec,
+    derive_seed,
+)
+from commrt.collectives import (
+    Item,
+    ThreadPipeline,
+    Traffic,
+    check_agreement,
+    find_nodes,
+    order,
+    ring_all_reduce_bytes,
+    ring_scatter_bytes,
+    timed,
+)
+from commrt.errors import CollectiveError, ConfigError
+from commrt.hooks.base import BaseComm
+from commrt.hooks.gathers import Gathers
+from commrt.hooks.report import exempt_lines
+from commrt.hooks.state import State
+from commrt.hooks.units import Part, Unit, UnitLayout
+from commrt.hooks.wiring import Codecs, Nodes, ShardWiring, place
+from commrt.ops import FLOAT_DTYPES
+
+Plain = Callable[[dist.ProcessGroup], object]
+"""Does what the model does without commrt, over another group of the same ranks."""
+
+
+class ShardedComm(BaseComm):
+    """Compressed communication of one FSDP model; made by :func:`commrt.attach`.
+
+    On a GPU everything is queued on the stream that FSDP calls it on. On a CPU, where nothing else
+    would overlap with the computation, gradients and weights have a thread each, and backward waits
+    at its end for the gradients whose use FSDP leaves to the optimizer.
+
+    Args:
+        kind: Of the model, for the report: ``"FSDP2"``.
+        units: Its units, named, in the same order on all ranks.
+        **others: See :func:`commrt.attach`.
+
+    Raises:
+        ConfigError: The settings do not fit together or to the model.
+    """
+
+    def __init__(
+        self,
+        kind: str,
+        units: Sequence[Unit],
+        codec: str | Codec,
+        gather: str | Codec | None,
+        *,
+        min_numel: int,
+        group: dist.ProcessGroup,
+        seed: int,
+        warmup: int,
+        hierarchy: int | Sequence[Sequence[int]] | None,
+        intra: str | Codec,
+        small: str | Codec,
+        returns: str | Codec | None,
+        grad_scaler: GradScaler | None,
+    ) -> None:
+        gather = "none" if gather is None else gather
+        returns = "block8" if returns is None else returns
+        super().__init__(
+            Codecs.parse(codec, weights=gather, gather=returns, intra=intra, small=small),
+            min_numel=min_numel,
+            group=group,
+            seed=seed,
+            warmup=warmup,
+            hierarchy=hierarchy,
+            grad_scaler=grad_scaler,
+        )
+        if isinstance(self.codec, LowRankCodec):
+            raise ConfigError(f"codec={self.codec.spec!r}: no rank of a sharded model has matrices")
+        self.kind = kind
+        self.units = units
+        self._is_hybrid = any(unit.replicas for unit in units)
+        if self._is_hybrid and hierarchy is not None:
+            raise ConfigError(f"hierarchy={hierarchy!r}: must be None where shards have replicas")
+        self._reduce_traffic, self._gather_traffic = Traffic(), Traffic()
+        self._gathers = Gathers(self.codecs.weights, min_numel)
+        self._workers: ThreadPipeline | None = None
+        self._weight_worker: order.FifoWorker | None = None
+        self._backward = -1
+        self._pending: list[Future[Tensor]] = []
+        self._rank = dist.get_rank(group)
+        self._senders_of = {unit.name: self._senders(unit) for unit in units}
+        for unit in units:
+            sizes = unit.layout.largest()
+            for name, (like, is_trained) in unit.parameters.items():
+                self._gathers.bind(name, like, self._reason(sizes, name))
+                if is_trained:
+                    self._bind(unit, name)
+
+    def start(self) -> None:
+        """Make the process groups and threads, and compare settings over the ranks.
+
+        Ranks: every rank of the group.
+
+        Raises:
+            PeerMismatchError: On every rank, if the settings differ.
+        """
+        assert self.group is not None
+        self._device = device = self.units[0].device
+        self._loss_scale = self._loss_scale.to(device)
+        check_agreement(self._settings(device), self.group, device)
+        if device.type == "cuda" and ops.status(device).startswith("reference"):
+            warnings.warn(f"slow ops on {device}: {ops.status(device)}", stacklevel=3)
+        wirings: dict[tuple[object, object], ShardWiring] = {}
+        for unit in self.units:
+            groups = (unit.shards, unit.replicas)
+            if groups not in wirings:
+                nodes = self._nodes_of(unit)
+                wirings[groups] = ShardWiring(
+                    self.codecs, unit.shards, nodes, unit.replicas, device
+                )
+            unit.wiring = wirings[groups]
+        if not order.is_queued(device):
+            self._workers = ThreadPipeline()
+            # A thread of its own: ranks queue weights and means in different orders.
+            self._weight_worker = order.FifoWorker("commrt-weights")
+            weakref.finalize(self, self._workers.close, wait=False)
+            weakref.finalize(self, self._weight_worker.close, wait=False)
+
+    def reduce_scatter(
+        self,
+        unit: Unit,
+        layout: Callable[[], UnitLayout],
+        output: Tensor,
+        input: Tensor,
+        *,
+        scale: float,
+        plain: Plain,
+        may_defer: bool,
+    ) -> None:
+        """Bring the gradients of a unit to their owners.
+
+        Args:
+            unit: Which.
+            layout: Tells what is in the buffers, the same on all ranks.
+            output: (chunk), overwritten with ``scale`` times the mean of this rank's chunk.
+            input: (W * chunk), this rank's gradients.
+            scale: W where a sum is wanted.
+            plain: The uncompressed way to fill ``output``.
+            may_defer: Whether nobody looks at ``output`` before backward is over.
+        """
+        step = self._begin()
+        wiring = self._wiring(unit)
+        self._count_dense(unit, input, self._nodes_of(unit))
+        if isinstance(self.codec, NoopCodec):
+            output.copy_(input.view(-1, output.numel())[unit.rank])
+        elif self._is_plain(input, step) or wiring.scatterer is None:
+            job = functools.partial(self._plain_scatter, unit, output, input, plain)
+            self._run(job, may_defer)
+        else:
+            rescale = self._loss_scale_change(step)
+            job = functools.partial(
+                self._scatter,
+                unit,
+                self._bind_new(unit, layout()),
+                output,
+                input,
+                step,
+                scale,
+                rescale,
+            )
+            self._run(job, may_defer)
+
+    def all_reduce(
+        self,
+        unit: Unit,
+        layout: Callable[[], UnitLayout],
+        output: Tensor,
+        *,
+        group: dist.ProcessGroup,
+        scale: float,
+        plain: Plain,
+        may_defer: bool,
+    ) -> None:
+        """Average this rank's chunk of gradients over its replicas, in place.
+
+        Args:
+            unit: Which.
+            layout: Tells what is in the chunk.
+            output: (chunk), overwritten with ``scale`` times the mean.
+            group: The replicas.
+            scale: Their number where a sum is wanted.
+            plain: The uncompressed way.
+            may_defer: Whether nobody looks at ``output`` before backward is over.
+        """
+        step = self._begin()
+        wiring = self._wiring(unit)
+        num_ranks = dist.get_world_size(group)
+        num_bytes = ring_all_reduce_bytes(output.numel() * output.element_size(), num_ranks)
+        self._dense_bytes += num_bytes
+        if isinstance(self.codec, NoopCodec) or num_ranks == 1:
+            return
+        if self._is_plain(output, step) or wiring.averager is None:
+            assert wiring.replica_group is not None
+            plain_group = wiring.replica_group
+
+            def job() -> Tensor:
+                plain(plain_group)
+                self._reduce_traffic.exact_bytes += num_bytes
+                return output
+
+            self._run(job, may_defer)
+            return
+        averager, rescale = wiring.averager, self._loss_scale_change(step)
+        parts = self._bind_new(unit, layout())
+
+        def first() -> Any:
+            self._prepare(parts, step, rescale)
+            items = self._items(unit, parts.of_chunk(output, unit.rank), step)
+            received = averager.reduce_leg(items, self._reduce_traffic)
+            self._residuals.settle(parts.largest())
+            return items, received
+
+        def second(reduced: Any) -> Tensor:
+            items, received = reduced
+            averager.gather_leg(received, items, self._gather_traffic)
+            return output if scale == 1 else output.mul_(scale)
+
+        if self._workers is None:
+            second(first())
+        else:
+            self._settle(self._workers.submit(first, second), may_defer)
+
+    def all_gather(
+        self,
+        unit: Unit,
+        output: Tensor,
+        input: Tensor,
+        group: dist.ProcessGroup,
+        *,
+        is_async: bool,
+    ) -> dist.Work | None:
+        """Gather the weights of a unit.
+
+        Args:
+            unit: Which.
+            output: (W * chunk), overwritten, the same bits on every rank.
+            input: (chunk) of weights, this rank's; may be a view of its place in ``output``.
+            group: The shard group, or another over which FSDP gathers what it has resharded.
+            is_async: Whether the work may be returned unfinished.
+
+        Returns:
+            The work to wait for, if it is not finished or queued.
+        """
+        wiring = self._wiring(unit)
+        if group is not unit.shards:
+            job = functools.partial(self._gathers.resharded, output, input, group)
+        else:
+            self._count_dense(unit, output, [[rank] for rank in wiring.ranks])
+            job = functools.partial(self._gathers.gather, unit, wiring, output, input)
+        if isinstance(self.codec, NoopCodec):
+            output.view(-1, input.numel()).copy_(input.clone().expand(unit.layout.world_size, -1))
+            return None
+        if self._weight_worker is None:
+            job()
+            return None
+        work = _FutureWork(order.submit_to(self._weight_worker, job))
+        if is_async:
+            return work
+        work.wait()
+        return None
+
+    @property
+    def compresses(self) -> bool:
+        """Whether gradients are compressed, so that buffers must keep their layout."""
+        return not isinstance(self.codec, ExactCodec)
+
+    def forget_weights(self) -> None:
+        """Send all weights in full at the next gather.
+
+        For ``gather="delta4"``, after weights were changed otherwise than by a step: what a large
+        change leaves out of 4 bits is made up for only by the gathers after the next.
+
+        Ranks: all, between the same two steps.
+        """
+        self._gathers.forget(self.units)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See :class:`BaseComm`; with weights as differences also those decoded last."""
+        return {**super().state_dict(), "weights": self._gathers.state_dict(self.units)}
+
+    def _load(self, states: Sequence[State]) -> None:
+        self._gathers.load(self.units, [state.get("weights", {}) for state in states])
+
+    def close(self) -> None:
+        """See :class:`BaseComm`."""
+        if self._workers is not None and self._weight_worker is not None:
+            self._workers.close()
+            self._weight_worker.close()
+        for wiring in {unit.wiring for unit in self.units if unit.wiring is not None}:
+            wiring.destroy()
+        for unit in self.units:
+            unit.wiring = None
+
+    def _bind(self, unit: Unit, name: str) -> None:
+        """Decide on a parameter that is trained, and make its residual."""
+        like = unit.parameters[name].like
+        self._registry.name(like, name)
+        if self._registry.admit(like, self._reason(unit.layout.largest(), name)):
+            shards = unit.layout.shards(self._senders_of[unit.name])
+            self._residuals.add(name, like, shards.get(name, []), unit.device)
+
+    def _bind_new(self, unit: Unit, layout: UnitLayout) -> UnitLayout:
+        """Bind what was frozen when the communication began."""
+        for name in {part.name for part in layout.parts}:
+            if name not in self._registry.compressed and name not in self._registry.exempt:
+                self._bind(unit, name)
+        return layout
+
+    def _reason(self, sizes: Mapping[str, int], name: str) -> str:
+        """Why a parameter is cut too small to be compressed; empty if it is not."""
+        is_small = sizes.get(name, 0) < self.codec.block
+        return f"shards of fewer than {self.codec.block} elements" if is_small else ""
+
+    def _senders(self, unit: Unit) -> list[int]:
+        """The owners whose parts this rank sends at low bits, with a residual."""
+        if unit.replicas is not None:
+            return [unit.rank]
+        nodes = self._nodes_of(unit)
+        ranks = dist.get_process_group_ranks(unit.shards)
+        local_rank = place(nodes)[1]
+        return sorted(ranks.index(node[local_rank]) for node in nodes)
+
+    def _nodes_of(self, unit: Unit) -> Nodes:
+        hierarchy = 1 if self.hierarchy is None else self.hierarchy
+        return find_nodes(hierarchy, dist.get_process_group_ranks(unit.shards))
+
+    def _begin(self) -> int:
+        """The step, in which backward is; at its end :meth:`_end_backward` is called."""
+        backward = torch._C._current_graph_task_id()
+        if backward == -1:
+            raise CollectiveError("gradients are reduced outside of backward: not supported")
+        if backward != self._backward:
+            self._backward = backward
+            self._pending.clear()
+            Variable._execution_engine.queue_callback(self._end_backward)
+        return self._steps
+
+    def _end_backward(self) -> None:
+        pending, self._pending = self._pending, []
+        for future in pending:
+            future.wait()
+        self._backward = -1
+        self._steps += 1
+
+    def _run(self, job: Callable[[], Tensor], may_defer: bool) -> None:
+        if self._workers is None:
+            job()
+        else:
+            self._settle(self._workers.submit_first(job), may_defer)
+
+    def _settle(self, future: Future[Tensor], may_defer: bool) -> None:
+        if may_defer:
+            self._pending.append(future)
+        else:
+            future.wait()
+
+    def _is_plain(self, tensor: Tensor, step: int) -> bool:
+        return bool(self._plain_reason(step)) or tensor.dtype not in FLOAT_DTYPES
+
+    def _plain_scatter(self, unit: Unit, output: Tensor, input: Tensor, plain: Plain) -> Tensor:
+        group = self._wiring(unit).group
+        with timed(self._reduce_traffic, "network_s"):
+            plain(group)
+        # gloo's reduce-scatter is an all-reduce of which a shard is kept.
+        trips = 1 if order.is_queued(input.device) else 2
+        sent = trips * ring_scatter_bytes(input.nbytes, dist.get_world_size(group))
+        if unit.replicas is None:
+            self._reduce_traffic.exact_bytes += sent
+        else:
+            self._reduce_traffic.node_bytes += sent
+        return output
+
+    def _scatter(
+        self,
+        unit: Unit,
+        layout: UnitLayout,
+        output: Tensor,
+        input: Tensor,
+        step: int,
+        scale: float,
+        rescale: Tensor | None,
+    ) -> Tensor:
+        scatterer = self._wiring(unit).scatterer
+        assert scatterer is not None
+        traffic = Traffic()
+        is_sender = unit.replicas is None
+        if is_sender:
+            self._prepare(layout, step, rescale)
+        items = self._items(unit, layout.of_buffer(input), step, is_sender)
+        means = scatterer.reduce_scatter(items, traffic) if items else []
+        with timed(traffic, "codec_s"):
+            if sum(mean.numel() for mean in means) < output.numel():
+                output.zero_()  # the padding
+            own = layout.of_chunk(output, unit.rank)
+            for (_, target), mean in zip(own, means, strict=True):
+                target.copy_(mean if scale == 1 else mean.mul_(scale))
+        if is_sender:
+            self._residuals.settle(layout.largest())
+        else:
+            traffic.node_bytes = traffic.reduce_bytes + traffic.exact_bytes
+            traffic.reduce_bytes = traffic.exact_bytes = 0
+        self._reduce_traffic.add(traffic)
+        return output
+
+    def _prepare(self, layout: UnitLayout, step: int, rescale: Tensor | None) -> None:
+        """Bring the residuals up to a step's loss scale, and empty them where it is time."""
+        if rescale is not None:
+            self._residuals.rescale_(rescale)
+        if isinstance(self.codec, LocoCodec) and self.codec.is_reset(step):
+            self._residuals.reset(list(layout.largest()))
+
+    def _items(
+        self,
+        unit: Unit,
+        parts: Iterable[tuple[Part, Tensor]],
+        step: int,
+        is_sender: bool = True,
+    ) -> list[Item]:
+        """Parts of gradients, with what this rank keeps of those that it sends at low bits."""
+        senders = self._senders_of[unit.name] if is_sender else ()
+        kept: dict[str, Iterator[tuple[Tensor, Tensor | None]]] = {}
+        items = []
+        for part, tensor in parts:
+            name, residual, carry = part.name, None, None
+            is_small = name not in self._registry.compressed
+            if part.owner in senders and self._residuals.get(name) is not None:
+                if name not in kept:
+                    pairs = zip(
+                        self._residuals.of_shards(name),
+                        self._residuals.carries_of_shards(name),
+                        strict=True,
+                    )
+                    kept[name] = iter(pairs)
+                residual, carry = next(kept[name])
+            seed = derive_seed(self.seed, self._rank, step, name, part.owner)
+            items.append(
+                Item(tensor, seed, residual, is_small=is_small, carry=carry, owner=part.owner)
+            )
+        return items
+
+    def _wiring(self, unit: Unit) -> ShardWiring:
+        if unit.wiring is None:
+            raise CollectiveError("closed: no more collectives after close()")
+        return unit.wiring
+
+    def _count_dense(self, unit: Unit, buffer: Tensor, nodes: Nodes) -> None:
+        """What a ring between nodes sends of a unit's buffer, on this rank."""
+        if unit.replicas is None:
+            self._dense_bytes += ring_scatter_bytes(buffer.nbytes, len(nodes)) // len(nodes[0])
+
+    def _placement(self) -> str:
+        keeps = [
+            dist.get_process_group_ranks(unit.shards) if unit.replicas else self._nodes_of(unit)
+            for unit in self.units
+        ]
+        return f"{self.kind} {sorted({repr(ranks) for ranks in keeps})}"
+
+    def _traffics(self) -> Sequence[Traffic]:
+        return self._reduce_traffic, self._gather_traffic, self._gathers.traffic
+
+    def _title(self) -> str:
+        return self.kind
+
+    def _remarks(self, *, verbose: bool) -> list[str]:
+        weights = self._gathers.registry
+        remarks = [
+            f"weights as they are: {line}" for line in exempt_lines(weights.exempt, verbose=verbose)
+        ]
+        if self.hierarchy is not None:
+            remarks.append(
+                f"two levels: nodes of {len(self._nodes[0])} ranks, intra "
+                f"{self.codecs.intra.spec}; bytes of gradients are those between nodes"
+            )
+        return remarks + super()._remarks(verbose=verbose)
+
+
+class _FutureWork(dist.Work):
+    """Work on another thread, for those who wait for a ``Work``."""
+
+    def __init__(self, future: Future[Tensor]) -> None:
+        super().__init__()
+        self._future = future
+
+    def wait(self, timeout: timedelta | None = None) -> bool:
+        """Block until it is done; raises what it raised."""
+        del timeout
+        self._future.wait()
+        return True
