@@ -1,4 +1,4 @@
-"""Validation loss of the main job, codec against codec, over seeds.
+"""Validation loss of the main job, codec against codec, over seeds; "none" is the baseline.
 
 Every run is the real job: ``torchrun`` ranks on gloo, real text, real payloads. Runs that have
 already finished in the output folder are kept, so a broken-off benchmark goes on where it stopped.
@@ -24,9 +24,11 @@ CODECS = (
 )
 
 
-def train(codec: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def train(method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run's summary."""
-    out = args.runs / f"{codec.replace(':', '_').replace('=', '')}-seed{seed}"
+    codec, _, gather = method.partition("/")
+    name = method.replace(":", "_").replace("=", "").replace("/", "_")
+    out = args.runs / f"{args.parallel}-{name}-seed{seed}"
     summary = out / "summary.json"
     if not summary.exists():
         command = [
@@ -34,6 +36,9 @@ def train(codec: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             *("--nproc-per-node", str(args.ranks), "-m", "commrt", "train", "--no-progress"),
             *("--preset", args.preset, "--steps", str(args.steps), "--seed", str(seed)),
             *("--codec", codec, "--eval-windows", "512", "--out", str(out)),
+            *("--parallel", args.parallel, "--hierarchy", str(args.hierarchy)),
+            *(("--gather", gather) if gather else ()),
+            *(("--keep-gathered",) if gather.startswith("delta") else ()),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -60,11 +65,13 @@ def summarise(codec: str, runs: Sequence[dict[str, Any]], exact: Sequence[float]
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--codecs", nargs="+", default=CODECS, help="'none' is the baseline")
+    parser.add_argument("--codecs", nargs="+", default=CODECS, help="CODEC or CODEC/GATHER")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--preset", default="1m")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--parallel", default="ddp", help="ddp, fsdp1, fsdp2 or hsdp")
+    parser.add_argument("--hierarchy", type=int, default=0, help="ranks of HSDP's shard groups")
     parser.add_argument("--runs", type=Path, default=Path("runs/convergence"))
     parser.add_argument("-o", "--output", type=Path, help="JSON file")
     args = parser.parse_args()

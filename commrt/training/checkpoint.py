@@ -14,7 +14,7 @@ import io
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,15 @@ class Checkpoint:
     Attributes:
         folder: Where it is.
         shared: What its ranks shared, with the keys "step" and "world_size".
-        states: Of this rank alone if as many ranks wrote it as there are now, else of all its
-            ranks, in rank order.
+        states: Of this rank alone if a world like this one wrote it, else of all its ranks, in
+            rank order.
+        is_own: Whether it is of this rank alone.
     """
 
     folder: Path
     shared: dict[str, Any]
     states: list[dict[str, Any]]
+    is_own: bool
 
     @property
     def step(self) -> int:
@@ -101,15 +103,19 @@ def save(out: Path, *, step: int, shared: dict[str, Any], own: dict[str, Any]) -
     return final
 
 
-def load_newest(folders: Sequence[Path], device: torch.device) -> tuple[Checkpoint, list[str]]:
+def load_newest(
+    folders: Sequence[Path], device: torch.device, sharding: Mapping[str, Any]
+) -> tuple[Checkpoint, list[str]]:
     """Reads the first of some checkpoints that every rank finds whole, onto the CPU.
 
-    Every rank checks what it reads: what all share, and its own state or, if another number of
-    ranks wrote the checkpoint, all states.
+    Every rank checks what it reads: what all share, and its own state or, if another world wrote
+    the checkpoint, all states.
 
     Args:
         folders: The same on all ranks.
         device: Where the default group's backend wants its tensors.
+        sharding: What of the configuration decides which state a rank has, besides the number of
+            ranks.
 
     Returns:
         The checkpoint, and a line for each one before it on why it was refused.
@@ -123,7 +129,7 @@ def load_newest(folders: Sequence[Path], device: torch.device) -> tuple[Checkpoi
     for folder in folders:
         found, fault = None, ""
         try:
-            found = _load(folder)
+            found = _load(folder, sharding)
         except (StateError, OSError) as error:
             fault = str(error)
         faults = [text for text in gather_texts(fault, None, device) if text]
@@ -157,16 +163,19 @@ def set_aside_later(out: Path, step: int) -> None:
             _set_aside(folder)
 
 
-def _load(folder: Path) -> Checkpoint:
+def _load(folder: Path, sharding: Mapping[str, Any]) -> Checkpoint:
     """Reads what this rank needs, and checks it by itself."""
     shared = _read(folder / _SHARED)
-    if shared["world_size"] == dist.get_world_size():
+    is_own = shared["world_size"] == dist.get_world_size() and all(
+        shared["config"][name] == value for name, value in sharding.items()
+    )
+    if is_own:
         states = [_read(folder / _own_name(dist.get_rank()))]
     else:
         names = [_own_name(rank) for rank in range(shared["world_size"])]
         # Mapped: all states of many ranks together may be large.
         states = [_read(folder / name, mmap=True) for name in names]
-    return Checkpoint(folder=folder, shared=shared, states=states)
+    return Checkpoint(folder=folder, shared=shared, states=states, is_own=is_own)
 
 
 def _read(path: Path, *, mmap: bool = False) -> dict[str, Any]:

@@ -56,6 +56,9 @@ PRESETS = {
 }
 
 
+PARALLEL = ("ddp", "fsdp1", "fsdp2", "hsdp")
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. Every field is a command line option of the same name.
@@ -67,11 +70,13 @@ class TrainConfig:
     """
 
     preset: Annotated[str, f"model size: {', '.join(PRESETS)}"]
+    parallel: Annotated[str, f"how ranks share the model: {', '.join(PARALLEL)}"] = "ddp"
+    keep_gathered: Annotated[bool, "FSDP2 keeps weights from forward to backward"] = False
     codec: Annotated[str, "gradient codec, none for full precision"] = "loco4"
-    gather: Annotated[str | None, "codec of the return leg (default: commrt.attach's)"] = None
+    gather: Annotated[str | None, "codec of the return leg, or of FSDP2's weights"] = None
     small: Annotated[str, "codec of biases, norms and small matrices"] = "none"
     codec_warmup: Annotated[int, "steps at full precision before the codec sets in"] = 0
-    hierarchy: Annotated[int, "ranks a node, averaged before compression; 0 for one level"] = 0
+    hierarchy: Annotated[int, "ranks a node, or of HSDP's shard groups; 0 for one level"] = 0
     intra: Annotated[str, "codec inside nodes, with a hierarchy"] = "none"
     steps: Annotated[int, "optimizer steps"] = 1000
     batch_size: Annotated[int, "sequences a rank and step (default: the preset's)"]
@@ -110,7 +115,9 @@ class TrainConfig:
         for name in ("seq_len", "batch_size", "lr"):
             options.setdefault(name, getattr(chosen, name))
         codec = re.sub(r"[^\w.]+", "-", options.get("codec", "loco4"))
-        options.setdefault("out", Path("runs", f"{preset}-{codec}-seed{options.get('seed', 0)}"))
+        parallel = options.get("parallel", "ddp")
+        name = codec if parallel == "ddp" else f"{parallel}-{codec}"
+        options.setdefault("out", Path("runs", f"{preset}-{name}-seed{options.get('seed', 0)}"))
         if options.get("resume") is True:
             options["resume"] = options["out"]
         return cls(preset=preset, **options)
@@ -125,6 +132,9 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("weight_decay", "clip"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        self._require("parallel", self.parallel in PARALLEL, ", ".join(PARALLEL))
+        if self.parallel == "hsdp":
+            self._require("hierarchy", self.hierarchy >= 1, "at least 1 with parallel=hsdp")
         self._require("device", self.device in ("auto", "cpu", "cuda"), "auto, cpu or cuda")
         self._require("seed", self.seed < 2**63, "below 2^63")
         self._require("lr", 0 < self.lr < math.inf, "above 0 and finite")

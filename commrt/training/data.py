@@ -105,13 +105,15 @@ def validation_batches(
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Yields one rank's part of the validation windows, which are evenly spaced over the text.
 
+    Every rank gets as many batches, the last perhaps empty: sharded models need all ranks.
+
     Yields:
         Indices of the windows (batch,), inputs and targets, int64 (batch, seq_len).
     """
     last = len(validation) - seq_len - 1
     starts = torch.linspace(0, last, num_windows, dtype=torch.float64).long()
     own = torch.arange(num_windows)[rank::world_size]
-    for first in range(0, len(own), batch_size):
+    for first in range(0, -(-num_windows // world_size), batch_size):
         indices = own[first : first + batch_size]
         yield indices, *_windows(validation, starts[indices], seq_len)
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-import commrt
 from commrt.errors import ConfigError
 from commrt.metrics import check_tensorboard, read_rows
+from commrt.training import parallel
 from commrt.training.config import METRICS_FILE, TrainConfig
 from commrt.training.data import load_corpus
 from commrt.training.loop import Loop
@@ -50,13 +50,7 @@ def run_job(config: TrainConfig) -> int:
     Ranks: all must call.
     """
     # Mistakes that show on one rank alone come before ranks wait for each other.
-    commrt.Comm(
-        config.codec,
-        config.gather,
-        hierarchy=config.hierarchy or None,
-        intra=config.intra,
-        small=config.small,
-    )
+    parallel.check(config)
     if config.tensorboard:
         check_tensorboard()
     corpus = load_corpus(config.data)
@@ -100,7 +94,7 @@ def _results(config: TrainConfig, trainer: Trainer) -> dict[str, Any]:
 
     step_ms = statistics.median([row["step_ms"] for row in steps[_NUM_WARM_STEPS:] or steps])
     return {
-        "gather": None if config.codec == "none" else trainer.comm.gather.spec,
+        "gather": parallel.gather_spec(trainer.comm),
         "val_loss": validations[-1]["val_loss"],
         "train_loss": steps[-1]["loss"],
         "bytes_per_step": mean("bytes_sent"),

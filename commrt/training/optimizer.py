@@ -23,9 +23,14 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Makes an AdamW that decays matrices and leaves biases and norms alone."""
-    parameters = list(model.parameters())
+    matrices: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        # By name, since FSDP1's parameters are flat.
+        is_vector = name.endswith("bias") or ".norm_" in name or ".norm." in f".{name}"
+        (vectors if is_vector else matrices).append(parameter)
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": config.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)

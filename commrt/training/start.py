@@ -100,7 +100,8 @@ def begin(trainer: Trainer, start: Start) -> list[str]:
     if not start.folders:
         is_said = config.resume is not None or start.num_restarts > 0
         return [f"{prefix}No checkpoint in {config.out} yet: begins anew"] if is_said else []
-    found, refused = checkpoint.load_newest(start.folders, trainer.device)
+    sharding = {"parallel": config.parallel, "hierarchy": config.hierarchy}
+    found, refused = checkpoint.load_newest(start.folders, trainer.device, sharding)
     trainer.load(found)
     if dist.get_rank() == 0 and _is_in(found.folder, config.out):
         checkpoint.set_aside_later(config.out, found.step)

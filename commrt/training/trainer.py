@@ -6,12 +6,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-import commrt
 from commrt.errors import StateError
-from commrt.training import checkpoint
+from commrt.training import checkpoint, parallel
 from commrt.training.checkpoint import Checkpoint
 from commrt.training.config import TrainConfig
 from commrt.training.data import Corpus, train_batch, validation_batches
@@ -30,7 +28,9 @@ class Trainer:
     """Trains a GPT data-parallel, its gradients averaged by commrt.
 
     Attributes:
-        model: The bare model.
+        model: The bare model; with FSDP2 the wrapped one.
+        wrapped: The model as ranks share it.
+        num_params: Parameters of the model, tied ones counted once.
         comm: What ``commrt.attach`` returned.
         step: Finished optimizer steps.
 
@@ -49,18 +49,11 @@ class Trainer:
         self.step = 0
         torch.manual_seed(config.seed)
         self.model = GPT(config.model).to(device)
-        self.ddp = DistributedDataParallel(self.model, gradient_as_bucket_view=True)
-        self._settle_buckets()
-        self.comm = commrt.attach(
-            self.ddp,
-            config.codec,
-            config.gather,
-            seed=config.seed,
-            warmup=config.codec_warmup,
-            hierarchy=config.hierarchy or None,
-            intra=config.intra,
-            small=config.small,
-        )
+        self.num_params = sum(parameter.numel() for parameter in self.model.parameters())
+        self.wrapped = parallel.wrap(self.model, config, device)
+        if config.parallel == "ddp":
+            self._settle_buckets()
+        self.comm = parallel.attach(self.wrapped, config)
         self.optimizer = make_optimizer(self.model, config)
 
     def _settle_buckets(self) -> None:
@@ -69,18 +62,13 @@ class Trainer:
         It does so after its first backward. Done here, ahead of any gradient that counts, a
         resumed run adds its gradients up in the same order as one that was never stopped.
         """
-        self.ddp(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).sum().backward()
-        self.ddp.zero_grad()
+        self.wrapped(torch.zeros(1, 1, dtype=torch.int64, device=self.device)).sum().backward()
+        self.wrapped.zero_grad()
 
     @property
     def tokens_per_step(self) -> int:
         """Bytes of text that all ranks together train on in a step."""
         return self.config.batch_size * self.config.seq_len * dist.get_world_size()
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of the model, tied ones counted once."""
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     def train_step(self) -> Tensor:
         """Takes one optimizer step and returns this rank's mean loss (a scalar, detached)."""
@@ -93,11 +81,11 @@ class Trainer:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
         )
-        logits = self.ddp(inputs.to(self.device))
+        logits = self.wrapped(inputs.to(self.device))
         loss = next_byte_losses(logits, targets.to(self.device)).mean()
         loss.backward()
         if config.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip)
+            parallel.clip_gradients(self.wrapped, config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
         self.optimizer.step()
@@ -112,6 +100,7 @@ class Trainer:
         Ranks: all must call.
         """
         config = self.config
+        model = self.model if config.parallel == "ddp" else self.wrapped
         losses = torch.zeros(config.eval_windows, dtype=torch.float64, device=self.device)
         for indices, inputs, targets in validation_batches(
             self.corpus.validation,
@@ -121,7 +110,7 @@ class Trainer:
             batch_size=config.batch_size,
             seq_len=config.seq_len,
         ):
-            logits = self.model(inputs.to(self.device))
+            logits = model(inputs.to(self.device))
             window_losses = next_byte_losses(logits, targets.to(self.device)).mean(dim=1)
             losses[indices.to(self.device)] = window_losses.double()
         # Ranks fill different entries of zeros, so this sum is exact in any order.
@@ -131,8 +120,7 @@ class Trainer:
     def save(self) -> Path:
         """Writes a checkpoint into the run's folder and returns it. Ranks: all must call."""
         shared = {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **parallel.state_dicts(self.wrapped, self.optimizer),
             "config": self.config.to_dict(),
             "train_bytes": len(self.corpus.train),
         }
@@ -152,16 +140,16 @@ class Trainer:
         """
         self._check_same_run(found)
         self._check_step(found)
-        self.model.load_state_dict(found.shared["model"])
-        self.optimizer.load_state_dict(found.shared["optimizer"])
-        is_same_size = found.world_size == dist.get_world_size()
-        self.comm.load_state_dict(found.states[0] if is_same_size else found.states)
+        parallel.load_state_dicts(self.wrapped, self.optimizer, found.shared)
+        self.comm.load_state_dict(found.states[0] if found.is_own else found.states)
         self.step = found.step
 
     def _check_same_run(self, found: Checkpoint) -> None:
         free = _FREE_FIELDS
         if found.world_size != dist.get_world_size():
             free = free | {"batch_size", "hierarchy"}
+        if found.shared["config"]["parallel"] != self.config.parallel:
+            free = free | {"parallel", "hierarchy", "gather"}
         saved = {**found.shared["config"], "train_bytes": found.shared["train_bytes"]}
         now = {**self.config.to_dict(), "train_bytes": len(self.corpus.train)}
         changed = [

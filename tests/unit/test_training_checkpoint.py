@@ -32,7 +32,7 @@ def save(out, step):
 
 
 def load(out):
-    return checkpoint.load_newest(checkpoint.find(out), CPU)
+    return checkpoint.load_newest(checkpoint.find(out), CPU, {})
 
 
 def names(out):
