@@ -5,7 +5,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from commrt.collectives.order import is_queued
+from commrt.collectives import order
 
 # One payload is being received, one waits for the gather leg, one is in it.
 RECEIVED_IN_FLIGHT = 3
@@ -18,12 +18,12 @@ class Scratch:
     """
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, int], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.cuda.Stream | None], Tensor] = {}
         self._turns = itertools.cycle(range(RECEIVED_IN_FLIGHT))
 
     def take(self, name: str, num_bytes: int, device: torch.device) -> Tensor:
         """The buffer of this name, with undefined content; what it held before is lost."""
-        key = (name, torch.cuda.current_stream(device).cuda_stream if is_queued(device) else 0)
+        key = name, torch.cuda.current_stream(device) if order.is_queued(device) else None
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < num_bytes:
             self._buffers.pop(key, None)

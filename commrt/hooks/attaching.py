@@ -1,17 +1,16 @@
 """``commrt.attach``: one line after the model is wrapped."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.amp import GradScaler
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
 from commrt.codecs import Codec, DeltaCodec, parse
 from commrt.errors import ConfigError
-from commrt.hooks import fsdp1, fsdp2
 from commrt.hooks.base import BaseComm
 from commrt.hooks.ddp import attach_ddp
 from commrt.hooks.sharded import ShardedComm
@@ -31,6 +30,7 @@ def attach(
     small: str | Codec = "none",
     returns: str | Codec | None = None,
     grad_scaler: GradScaler | None = None,
+    residuals: str = "device",
 ) -> BaseComm:
     """Send the gradients of a DDP or FSDP model at low bits, error-compensated; weights if asked.
 
@@ -63,6 +63,8 @@ def attach(
         intra: Codec inside a node: ``"none"`` or a block codec such as ``"block8"``.
         small: Codec of the parameters that are exempt by size: ``"none"`` or ``"block8"``.
         returns: FSDP with replicas: of the mean's way back, as ``gather`` is for DDP.
+        residuals: FSDP: ``"device"``, or ``"host"`` to keep them in (pinned) host memory and on the
+            device only those of two units at a time.
         grad_scaler: The ``torch.amp.GradScaler`` of the loss, if there is one: a change of the loss
             scale then rescales the residuals.
 
@@ -99,15 +101,23 @@ def attach(
     if isinstance(model, DistributedDataParallel):
         if returns is not None:
             raise ConfigError(f"returns={returns!r}: must be None with DDP, where it is gather=")
+        if residuals != "device":
+            raise ConfigError(f"residuals={residuals!r}: must be 'device' with DDP")
         return attach_ddp(model, codec, gather, **settings)
-    if isinstance(model, FSDPModule):
-        return _attach_fsdp2(model, codec, gather, returns=returns, **settings)
-    if isinstance(model, FullyShardedDataParallel):
-        return _attach_fsdp1(model, codec, gather, returns=returns, **settings)
+    if _is_of_fsdp(model, "FSDPModule"):
+        return _attach_fsdp2(model, codec, gather, returns=returns, residuals=residuals, **settings)
+    if _is_of_fsdp(model, "FullyShardedDataParallel"):
+        return _attach_fsdp1(model, codec, gather, returns=returns, residuals=residuals, **settings)
     raise ConfigError(
         f"model is a {type(model).__name__}: must be a DistributedDataParallel, a "
         "FullyShardedDataParallel or sharded by fully_shard; attach after wrapping"
     )
+
+
+def _is_of_fsdp(model: nn.Module, kind: str) -> bool:
+    """Whether it is; without importing FSDP, which takes long, for those who do not use it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(model, getattr(fsdp, kind))
 
 
 def _attach_fsdp2(
@@ -118,6 +128,8 @@ def _attach_fsdp2(
     group: dist.ProcessGroup | None,
     **settings: Any,
 ) -> ShardedComm:
+    from commrt.hooks import fsdp2
+
     found = fsdp2.find_units(model)
     if gather is not None and isinstance(parse(gather), DeltaCodec):
         fsdp2.check_stays_gathered(found)
@@ -131,13 +143,15 @@ def _attach_fsdp2(
 
 
 def _attach_fsdp1(
-    model: FullyShardedDataParallel,
+    model: Any,
     codec: str | Codec,
     gather: str | Codec | None,
     *,
     group: dist.ProcessGroup | None,
     **settings: Any,
 ) -> ShardedComm:
+    from commrt.hooks import fsdp1
+
     if gather not in (None, "none"):
         raise ConfigError(f"gather={gather!r}: FSDP1 has no hook for its weights; use fully_shard")
     found = fsdp1.find_units(model)

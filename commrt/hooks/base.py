@@ -4,7 +4,8 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,9 @@ from commrt.hooks.state import STATE_VERSION, State, check_own, check_world, fin
 from commrt.hooks.wiring import Codecs, Nodes
 from commrt.ops.format import PAYLOAD_VERSION
 
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import StorageReader
+
 
 class BaseComm(abc.ABC):
     """The communication of one model: what it compresses, what it has sent, and its residuals."""
@@ -36,6 +40,7 @@ class BaseComm(abc.ABC):
         warmup: int,
         hierarchy: int | Sequence[Sequence[int]] | None,
         grad_scaler: GradScaler | None,
+        residuals_on_host: bool = False,
     ) -> None:
         for name, value in (("min_numel", min_numel), ("warmup", warmup)):
             if not isinstance(value, int) or value < 0:
@@ -52,7 +57,7 @@ class BaseComm(abc.ABC):
         self._grad_scaler = grad_scaler
         self._loss_scale = torch.ones(())
         self._registry = Registry(self.codec, min_numel)
-        self._residuals = Residuals(self.codec)
+        self._residuals = Residuals(self.codec, on_host=residuals_on_host)
         self._dense_bytes = 0
         self._steps = 0
         self._first_step = 0
@@ -145,6 +150,36 @@ class BaseComm(abc.ABC):
         self._steps = int(states[0]["steps"])
         self._newest_scaled = -1
         return unmatched
+
+    def distributed_state(self) -> dict[str, Tensor]:
+        """The :meth:`state_dict` as ``torch.distributed.checkpoint.save`` takes it.
+
+        On every rank::
+
+            dcp.save({"model": ..., "comm": comm.distributed_state()}, checkpoint_id=path)
+        """
+        from commrt.hooks.distributed import flatten  # torch's checkpoints take long to import
+
+        return flatten(self.state_dict())
+
+    def load_distributed(
+        self, checkpoint: "str | Path | StorageReader", key: str = "comm"
+    ) -> Unmatched:
+        """Continue from what :meth:`distributed_state` wrote, on as many ranks or others.
+
+        Args:
+            checkpoint: Its folder, or a reader of its storage.
+            key: Of the state in what was saved.
+
+        Raises:
+            StateError: As :meth:`load_state_dict`.
+
+        Cost: each rank reads its own state or, if another world wrote it, everyone's, one residual
+        at a time.
+        """
+        from commrt.hooks.distributed import read_states
+
+        return self.load_state_dict(read_states(checkpoint, key))
 
     def detach(self) -> None:
         """From now on average uncompressed, as plain DDP does; the residuals are given up.

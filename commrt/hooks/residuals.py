@@ -48,14 +48,17 @@ class Residuals:
 
     Args:
         codec: Decides the size of a residual; one without memory has none.
+        on_host: Keep residuals in host memory, pinned where there is a GPU.
     """
 
-    def __init__(self, codec: Codec) -> None:
+    def __init__(self, codec: Codec, *, on_host: bool = False) -> None:
         self._codec = codec
+        self._on_host = on_host
         self._payloads: dict[str, Tensor] = {}
         self._shards: dict[str, list[Shard]] = {}
         self._bases: dict[str, Tensor] = {}
         self._carries: dict[str, Tensor] = {}
+        self._devices: dict[str, torch.device] = {}
 
     def add(
         self,
@@ -70,13 +73,14 @@ class Residuals:
             name: Of the parameter.
             parameter: Its shape counts.
             shards: Of it, which this rank sends.
-            device: Of the residual; by default the parameter's.
+            device: Where the residual is used; by default the parameter's.
         """
         if self._codec.residual_fmt is None or name in self._payloads:
             return
         device = device or parameter.device
         size = sum(self._codec.residual_bytes(shard.size) for shard in shards)
-        self._payloads[name] = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._payloads[name] = self._empty(size, device)
+        self._devices[name] = device
         self._shards[name] = list(shards)
         if isinstance(self._codec, LowRankCodec):
             basis = self._codec.new_basis(parameter.shape, name)
@@ -86,10 +90,10 @@ class Residuals:
         """The parameter's residual, to be updated in place; None without memory."""
         return self._payloads.get(name)
 
-    def of_shards(self, name: str) -> list[Tensor]:
-        """Views of :meth:`get` for each of the shards it was added with."""
+    def of_shards(self, name: str, payload: Tensor) -> list[Tensor]:
+        """Views of a residual, or of a copy of it, for each of the shards it was added with."""
         sizes = [self._codec.residual_bytes(shard.size) for shard in self._shards[name]]
-        return list(self._payloads[name].split(sizes))
+        return list(payload.split(sizes))
 
     def carry(self, name: str) -> Tensor | None:
         """fp32 of all shards, to be added to the next gradient and zeroed; None if none is kept."""
@@ -206,7 +210,7 @@ class Residuals:
             else:
                 payload.zero_()
         self._carries = {
-            name: carry.to(self._payloads[name].device, copy=True)
+            name: carry.to(self._devices[name], copy=True)
             for name, carry in state["carries"].items()
             if name in self._payloads
         }
@@ -228,14 +232,14 @@ class Residuals:
             mean = self._mean_of(name, states)
             parts = [shard.of(mean).flatten().to(payload.device) for shard in shards]
             for number, (residual, part) in enumerate(
-                zip(self.of_shards(name), parts, strict=True)
+                zip(self.of_shards(name, payload), parts, strict=True)
             ):
                 self._codec.encode_residual(part, residual, derive_seed(seed, name, number))
             stored = self._decode(payload, None, shards)
             lost = [part.sub_(kept) for part, kept in zip(parts, stored, strict=True)]
             carry = torch.cat(lost).div_(1 - self._codec.beta)
             if carry.any():
-                self._carries[name] = carry
+                self._carries[name] = carry.to(self._devices[name])
         self._load_bases(states[0])
 
     def _mean_of(self, name: str, states: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -255,6 +259,11 @@ class Residuals:
     def _load_bases(self, state: Mapping[str, Any]) -> None:
         for name in self._bases.keys() & state["bases"].keys():
             self._bases[name].copy_(state["bases"][name])
+
+    def _empty(self, size: int, device: torch.device) -> Tensor:
+        if not self._on_host:
+            return torch.zeros(size, dtype=torch.uint8, device=device)
+        return torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
 
     def _decode(
         self, payload: Tensor, carry: Tensor | None, shards: Sequence[Shard]

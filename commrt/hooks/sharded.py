@@ -4,6 +4,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -37,7 +38,9 @@ from commrt.collectives import (
 from commrt.errors import CollectiveError, ConfigError
 from commrt.hooks.base import BaseComm
 from commrt.hooks.gathers import Gathers
+from commrt.hooks.lender import Lender
 from commrt.hooks.report import exempt_lines
+from commrt.hooks.residuals import Shard, Unmatched
 from commrt.hooks.state import State
 from commrt.hooks.units import Part, Unit, UnitLayout
 from commrt.hooks.wiring import Codecs, Nodes, ShardWiring, place
@@ -79,6 +82,7 @@ class ShardedComm(BaseComm):
         small: str | Codec,
         returns: str | Codec | None,
         grad_scaler: GradScaler | None,
+        residuals: str,
     ) -> None:
         gather = "none" if gather is None else gather
         returns = "block8" if returns is None else returns
@@ -90,7 +94,12 @@ class ShardedComm(BaseComm):
             warmup=warmup,
             hierarchy=hierarchy,
             grad_scaler=grad_scaler,
+            residuals_on_host=residuals == "host",
         )
+        if residuals not in ("device", "host"):
+            raise ConfigError(f"residuals={residuals!r}: must be 'device' or 'host'")
+        if residuals == "host" and grad_scaler is not None:
+            raise ConfigError("residuals='host' with grad_scaler: must be 'device' to be rescaled")
         if isinstance(self.codec, LowRankCodec):
             raise ConfigError(f"codec={self.codec.spec!r}: no rank of a sharded model has matrices")
         self.kind = kind
@@ -100,6 +109,7 @@ class ShardedComm(BaseComm):
             raise ConfigError(f"hierarchy={hierarchy!r}: must be None where shards have replicas")
         self._reduce_traffic, self._gather_traffic = Traffic(), Traffic()
         self._gathers = Gathers(self.codecs.weights, min_numel)
+        self._lender = Lender(self._residuals, units[0].device) if residuals == "host" else None
         self._workers: ThreadPipeline | None = None
         self._weight_worker: order.FifoWorker | None = None
         self._backward = -1
@@ -231,11 +241,9 @@ class ShardedComm(BaseComm):
         parts = self._bind_new(unit, layout())
 
         def first() -> Any:
-            self._prepare(parts, step, rescale)
-            items = self._items(unit, parts.of_chunk(output, unit.rank), step)
-            received = averager.reduce_leg(items, self._reduce_traffic)
-            self._residuals.settle(parts.largest())
-            return items, received
+            with self._lent(unit, parts, step, rescale) as lent:
+                items = self._items(unit, parts.of_chunk(output, unit.rank), step, lent)
+                return items, averager.reduce_leg(items, self._reduce_traffic)
 
         def second(reduced: Any) -> Tensor:
             items, received = reduced
@@ -303,7 +311,22 @@ class ShardedComm(BaseComm):
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`BaseComm`; with weights as differences also those decoded last."""
+        self._settle_host()
         return {**super().state_dict(), "weights": self._gathers.state_dict(self.units)}
+
+    def residual_norm(self) -> float:
+        """See :class:`BaseComm`."""
+        self._settle_host()
+        return super().residual_norm()
+
+    def load_state_dict(self, state: State | Sequence[State], strict: bool = True) -> Unmatched:
+        """See :class:`BaseComm`."""
+        self._settle_host()
+        return super().load_state_dict(state, strict)
+
+    def _settle_host(self) -> None:
+        if self._lender is not None:
+            self._lender.settle()
 
     def _load(self, states: Sequence[State]) -> None:
         self._gathers.load(self.units, [state.get("weights", {}) for state in states])
@@ -324,7 +347,8 @@ class ShardedComm(BaseComm):
         self._registry.name(like, name)
         if self._registry.admit(like, self._reason(unit.layout.largest(), name)):
             shards = unit.layout.shards(self._senders_of[unit.name])
-            self._residuals.add(name, like, shards.get(name, []), unit.device)
+            none = [Shard(0, 0, like.numel())]  # it is others' to send
+            self._residuals.add(name, like, shards.get(name, none), unit.device)
 
     def _bind_new(self, unit: Unit, layout: UnitLayout) -> UnitLayout:
         """Bind what was frozen when the communication began."""
@@ -410,59 +434,76 @@ class ShardedComm(BaseComm):
         scatterer = self._wiring(unit).scatterer
         assert scatterer is not None
         traffic = Traffic()
-        is_sender = unit.replicas is None
-        if is_sender:
-            self._prepare(layout, step, rescale)
-        items = self._items(unit, layout.of_buffer(input), step, is_sender)
-        means = scatterer.reduce_scatter(items, traffic) if items else []
+        if unit.replicas is None:
+            with self._lent(unit, layout, step, rescale) as lent:
+                items = self._items(unit, layout.of_buffer(input), step, lent)
+                means = scatterer.reduce_scatter(items, traffic) if items else []
+        else:
+            items = self._items(unit, layout.of_buffer(input), step, {})
+            means = scatterer.reduce_scatter(items, traffic) if items else []
+            traffic.node_bytes = traffic.reduce_bytes + traffic.exact_bytes
+            traffic.reduce_bytes = traffic.exact_bytes = 0
         with timed(traffic, "codec_s"):
             if sum(mean.numel() for mean in means) < output.numel():
                 output.zero_()  # the padding
             own = layout.of_chunk(output, unit.rank)
             for (_, target), mean in zip(own, means, strict=True):
                 target.copy_(mean if scale == 1 else mean.mul_(scale))
-        if is_sender:
-            self._residuals.settle(layout.largest())
-        else:
-            traffic.node_bytes = traffic.reduce_bytes + traffic.exact_bytes
-            traffic.reduce_bytes = traffic.exact_bytes = 0
         self._reduce_traffic.add(traffic)
         return output
 
-    def _prepare(self, layout: UnitLayout, step: int, rescale: Tensor | None) -> None:
-        """Bring the residuals up to a step's loss scale, and empty them where it is time."""
+    @contextmanager
+    def _lent(
+        self, unit: Unit, layout: UnitLayout, step: int, rescale: Tensor | None
+    ) -> Iterator[dict[str, Tensor]]:
+        """The residuals of a unit's parameters, to be updated; none after a failure inside."""
         if rescale is not None:
             self._residuals.rescale_(rescale)
+        names = [name for name in layout.largest() if self._residuals.get(name) is not None]
         if isinstance(self.codec, LocoCodec) and self.codec.is_reset(step):
-            self._residuals.reset(list(layout.largest()))
+            if self._lender is not None:
+                self._lender.settle()
+            self._residuals.reset(names)
+        if self._lender is not None:
+            lent = self._lender.take(unit.name, names)
+            yield lent
+            self._lender.give_back(lent)
+        else:
+            kept = {name: self._residuals.get(name) for name in names}
+            yield {name: payload for name, payload in kept.items() if payload is not None}
+        self._residuals.settle(names)
 
     def _items(
         self,
         unit: Unit,
         parts: Iterable[tuple[Part, Tensor]],
         step: int,
-        is_sender: bool = True,
+        lent: Mapping[str, Tensor],
     ) -> list[Item]:
         """Parts of gradients, with what this rank keeps of those that it sends at low bits."""
-        senders = self._senders_of[unit.name] if is_sender else ()
-        kept: dict[str, Iterator[tuple[Tensor, Tensor | None]]] = {}
+        senders = self._senders_of[unit.name]
+        kept = {
+            name: zip(
+                self._residuals.of_shards(name, payload),
+                self._residuals.carries_of_shards(name),
+                strict=True,
+            )
+            for name, payload in lent.items()
+        }
         items = []
         for part, tensor in parts:
-            name, residual, carry = part.name, None, None
-            is_small = name not in self._registry.compressed
-            if part.owner in senders and self._residuals.get(name) is not None:
-                if name not in kept:
-                    pairs = zip(
-                        self._residuals.of_shards(name),
-                        self._residuals.carries_of_shards(name),
-                        strict=True,
-                    )
-                    kept[name] = iter(pairs)
-                residual, carry = next(kept[name])
-            seed = derive_seed(self.seed, self._rank, step, name, part.owner)
-            items.append(
-                Item(tensor, seed, residual, is_small=is_small, carry=carry, owner=part.owner)
+            residual, carry = None, None
+            if part.name in kept and part.owner in senders:
+                residual, carry = next(kept[part.name])
+            item = Item(
+                tensor,
+                derive_seed(self.seed, self._rank, step, part.name, part.owner),
+                residual,
+                is_small=part.name not in self._registry.compressed,
+                carry=carry,
+                owner=part.owner,
             )
+            items.append(item)
         return items
 
     def _wiring(self, unit: Unit) -> ShardWiring:
@@ -476,11 +517,13 @@ class ShardedComm(BaseComm):
             self._dense_bytes += ring_scatter_bytes(buffer.nbytes, len(nodes)) // len(nodes[0])
 
     def _placement(self) -> str:
-        keeps = [
-            dist.get_process_group_ranks(unit.shards) if unit.replicas else self._nodes_of(unit)
+        shards = {
+            f"{unit.layout.world_size} shards"
+            if unit.replicas is not None
+            else f"nodes {self._ranks_of_nodes(self._nodes_of(unit))}"
             for unit in self.units
-        ]
-        return f"{self.kind} {sorted({repr(ranks) for ranks in keeps})}"
+        }
+        return f"{self.kind}, {', '.join(sorted(shards))}"
 
     def _traffics(self) -> Sequence[Traffic]:
         return self._reduce_traffic, self._gather_traffic, self._gathers.traffic

@@ -220,11 +220,10 @@ class ShardWiring:
         local = maker.make(node)
         peers = maker.make([node[local_rank] for node in nodes])
         self._groups += [local, peers]
-        places = {
-            rank: (number, local)
-            for number, node in enumerate(nodes)
-            for local, rank in enumerate(node)
-        }
+        places = {}
+        for number in range(len(node)):
+            same = sorted(node[number] for node in nodes)  # as torch numbers ranks in groups
+            places |= {rank: (place, number) for place, rank in enumerate(same)}
         return TwoLevelScatterer(
             intra=_shard_reducer(codecs.intra, codecs, local),
             inter=_shard_reducer(codec, codecs, peers),
