@@ -91,10 +91,12 @@ def parent_group(found: Sequence[tuple[FSDPModule, Any, Unit]]) -> dist.ProcessG
 def install(comm: ShardedComm, found: Sequence[tuple[FSDPModule, Any, Unit]]) -> None:
     """Replace what FSDP2 calls, in every module."""
     for module, group, unit in found:
-        module.set_custom_reduce_scatter(_ReduceScatter(comm, group, unit))
-        module.set_custom_all_gather(_AllGather(comm, unit))
+        replicas = None
         if unit.replicas is not None:
-            _take_over_replicas(comm, module, group, unit)
+            replicas = _Replicas(comm, group, unit)
+            replicas.take_over(module)
+        module.set_custom_reduce_scatter(_ReduceScatter(comm, group, unit, replicas))
+        module.set_custom_all_gather(_AllGather(comm, unit))
         if comm.compresses:
             module.set_reduce_scatter_unused_params(True, recurse=False)
         if unit.device.type == "cpu":
@@ -116,8 +118,11 @@ class _ReduceScatter(_Allocating, ReduceScatter):
     and after, by any factor, stays as it is.
     """
 
-    def __init__(self, comm: ShardedComm, group: Any, unit: Unit) -> None:
+    def __init__(
+        self, comm: ShardedComm, group: Any, unit: Unit, replicas: "_Replicas | None"
+    ) -> None:
         self._comm, self._group, self._unit = comm, group, unit
+        self._replicas = replicas
 
     def __call__(
         self,
@@ -136,7 +141,8 @@ class _ReduceScatter(_Allocating, ReduceScatter):
             input_tensor,
             scale=_scale(op, world_size),
             plain=lambda own: reduce_scatter_single(output_tensor, input_tensor, group=own, op=op),
-            may_defer=_may_defer(self._group, input_tensor.dtype),
+            may_defer=_may_defer(self._group, input_tensor.dtype)
+            and not (self._replicas and self._replicas.accumulates),
         )
 
     def _layout(self, numel: int) -> UnitLayout:
@@ -168,33 +174,52 @@ class _AllGather(_Allocating, AllGather):
         )
 
 
-def _take_over_replicas(comm: ShardedComm, module: FSDPModule, group: Any, unit: Unit) -> None:
-    """Make FSDP2 leave the all-reduce between replicas to a hook.
+class _Replicas:
+    """HSDP: the all-reduce between replicas, which FSDP2 calls as a hook.
 
-    Its own cannot be replaced. It is skipped where the group takes its mesh for one-dimensional;
-    the parameters keep theirs, so norms and checkpoints see what they saw before.
+    FSDP2's own cannot be replaced. It is skipped where the group takes its mesh for
+    one-dimensional; the parameters keep theirs, so norms and checkpoints see what they saw before.
     """
-    mesh = group.mesh_info
-    replicas = mesh.replicate_process_group
-    fields = {field.name for field in dataclasses.fields(mesh) if field.init}
-    own = {name: getattr(mesh, name) for name in fields - {"replicate_mesh_dim"}}
-    group.mesh_info = _fsdp_common.FSDPMeshInfo(**own)
-    group.mesh_info.reduce_scatter_process_group = mesh.reduce_scatter_process_group
 
-    def hook(output: Tensor) -> None:
-        is_sum = group.gradient_divide_factor is not None
+    def __init__(self, comm: ShardedComm, group: Any, unit: Unit) -> None:
+        self._comm, self._group, self._unit = comm, group, unit
+        self._partial: Tensor | None = None
+
+    def take_over(self, module: FSDPModule) -> None:
+        """Install the hook."""
+        mesh = self._group.mesh_info
+        fields = {field.name for field in dataclasses.fields(mesh) if field.init}
+        own = {name: getattr(mesh, name) for name in fields - {"replicate_mesh_dim"}}
+        self._group.mesh_info = _fsdp_common.FSDPMeshInfo(**own)
+        self._group.mesh_info.reduce_scatter_process_group = mesh.reduce_scatter_process_group
+        module.set_all_reduce_hook(self._all_reduce)
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients of several backwards are added up before the all-reduce."""
+        return self._partial is not None or not self._group.all_reduce_grads
+
+    def _all_reduce(self, output: Tensor) -> None:
+        if self._partial is not None:
+            output.add_(self._partial)
+            self._partial = None
+        if not self._group.all_reduce_grads:
+            self._partial = output.clone()
+            output.zero_()
+            return
+        replicas = self._unit.replicas
+        assert replicas is not None
+        is_sum = self._group.gradient_divide_factor is not None
         op = dist.ReduceOp.SUM if is_sum else dist.ReduceOp.AVG
-        comm.all_reduce(
-            unit,
-            functools.partial(_trained_layout, group, unit),
+        self._comm.all_reduce(
+            self._unit,
+            functools.partial(_trained_layout, self._group, self._unit),
             output,
             group=replicas,
             scale=dist.get_world_size(replicas) if is_sum else 1.0,
             plain=lambda own: dist.all_reduce(output, group=own, op=op),
-            may_defer=_may_defer(group, output.dtype),
+            may_defer=_may_defer(self._group, output.dtype),
         )
-
-    module.set_all_reduce_hook(hook)
 
 
 def _unit(group: Any, module: Any, names: dict[nn.Module, str]) -> Unit:

@@ -220,7 +220,7 @@ class ShardWiring:
         local = maker.make(node)
         peers = maker.make([node[local_rank] for node in nodes])
         self._groups += [local, peers]
-        places = {}
+        places: dict[int, tuple[int, int]] = {}
         for number in range(len(node)):
             same = sorted(node[number] for node in nodes)  # as torch numbers ranks in groups
             places |= {rank: (place, number) for place, rank in enumerate(same)}
