@@ -12,6 +12,7 @@ cores, compute alone (``noop``) says too little: the model is given that of rank
 other bucket by bucket (``empty``).
 
     python -m bench.cluster --nodes 4 --rates 100mbit none -o bench/results/cluster.json
+    python -m bench.cluster --rates 200mbit --methods fsdp2:noop fsdp2 fsdp2-a2a fsdp2:loco4/block8
 """
 
 import argparse
@@ -44,7 +45,8 @@ METHODS = (
     *("lowrank8+small=block8", "lowrank16+small=block8"),
     *("loco4+intra=none", "loco4+intra=block8"),  # where nodes have several ranks
 )
-PROBES = ("noop", "empty")
+PROBES = ("noop", "empty", "fsdp2:noop")
+BASELINES = ("fp32", "fsdp2")  # of the methods in a cell, the first that is there
 ROOT = Path(__file__).parents[1]
 WARM_STEPS = 3  # of each method at first: DDP's first buckets, PowerSGD's plain steps
 COLUMNS = (
@@ -70,14 +72,14 @@ class Job:
         )
         torch.manual_seed(0)
         self.method: Method = install(name, GPT(config), bucket_mb=args.bucket_mb)
-        self.optimizer = torch.optim.AdamW(self.method.ddp.parameters(), lr=1e-3, fused=True)
+        self.optimizer = torch.optim.AdamW(self.method.model.parameters(), lr=1e-3, fused=True)
         generator = torch.Generator().manual_seed(dist.get_rank())
         shape = args.batch_size, args.seq_len + 1
         text = torch.randint(0, 256, shape, generator=generator)
         self.inputs, self.targets = text[:, :-1], text[:, 1:]
 
     def step(self) -> None:
-        next_byte_losses(self.method.ddp(self.inputs), self.targets).mean().backward()
+        next_byte_losses(self.method.model(self.inputs), self.targets).mean().backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -87,7 +89,7 @@ class Job:
         dist.barrier()
         sent, paid = sent_bytes(), self._payload()
         for _ in range(num_steps):
-            if self.name == "noop":  # whose ranks would not wait for each other
+            if self.name.endswith("noop"):  # whose ranks would not wait for each other
                 dist.barrier()
             self.begins.append(time.monotonic())
             self.step()
@@ -141,7 +143,7 @@ def run_rank(args: argparse.Namespace) -> None:
     for _ in range(args.rounds):
         for job in jobs:
             job.measure(args.steps)
-    num_params = sum(parameter.numel() for parameter in jobs[0].method.ddp.parameters())
+    num_params = sum(parameter.numel() for parameter in jobs[0].method.model.parameters())
     rows = [job.results(num_params) for job in jobs]
     add_plan(rows, num_params, args)
     if dist.get_rank() == 0:
@@ -182,7 +184,7 @@ def add_plan(rows: list[dict[str, Any]], num_params: int, args: argparse.Namespa
 
 def planned_name(method: str) -> str:
     """What ``commrt plan`` calls it; empty if it does not know it."""
-    if method in ("noop", "empty", "fp16") or method.startswith("powersgd"):
+    if method in ("noop", "empty", "fp16") or method.startswith(("powersgd", "fsdp", "hsdp")):
         return ""
     return "none" if method == "fp32" else method
 
@@ -214,10 +216,11 @@ def run_cell(nodes: int, ranks: int, rate: str, args: argparse.Namespace) -> lis
         subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
         rows: list[dict[str, Any]] = json.loads(cell.read_text())
     by_method = {row["method"]: row for row in rows}
-    compute_ms = by_method["noop"]["step_ms"] if "noop" in by_method else 0.0
+    compute_ms = max((row["step_ms"] for row in rows if row["method"].endswith("noop")), default=0)
+    baseline = next((by_method[name] for name in BASELINES if name in by_method), None)
     for row in rows:
         row |= {"nodes": nodes, "ranks": ranks, "rate": rate}
-        row |= compare(row, by_method.get("fp32"), compute_ms)
+        row |= compare(row, baseline, compute_ms)
     return rows
 
 

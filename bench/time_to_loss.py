@@ -53,11 +53,11 @@ class MethodTrainer(Trainer):
         self.device = torch.device("cpu")
         torch.manual_seed(config.seed)
         self.model = GPT(config.model)
-        self.ddp = install(method, self.model, seed=config.seed, prepare=self._settle).ddp
+        self.wrapped = install(method, self.model, seed=config.seed, prepare=self._settle).model
         self.optimizer = make_optimizer(self.model, config)
 
     def _settle(self, ddp: torch.nn.parallel.DistributedDataParallel) -> None:
-        self.ddp = ddp
+        self.wrapped = ddp
         self._settle_buckets()
 
 

@@ -109,7 +109,8 @@ class ShardedComm(BaseComm):
             raise ConfigError(f"hierarchy={hierarchy!r}: must be None where shards have replicas")
         self._reduce_traffic, self._gather_traffic = Traffic(), Traffic()
         self._gathers = Gathers(self.codecs.weights, min_numel)
-        self._lender = Lender(self._residuals, units[0].device) if residuals == "host" else None
+        self._is_on_host = residuals == "host"
+        self._lender: Lender | None = None
         self._workers: ThreadPipeline | None = None
         self._weight_worker: order.FifoWorker | None = None
         self._backward = -1
@@ -146,6 +147,8 @@ class ShardedComm(BaseComm):
                     self.codecs, unit.shards, nodes, unit.replicas, device
                 )
             unit.wiring = wirings[groups]
+        if self._is_on_host:
+            self._lender = Lender(self._residuals, device)
         if not order.is_queued(device):
             self._workers = ThreadPipeline()
             # A thread of its own: ranks queue weights and means in different orders.

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint import state_dict as full
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
@@ -54,12 +54,23 @@ def wrap(model: GPT, config: TrainConfig, device: torch.device) -> nn.Module:
             raise ConfigError(f"hierarchy is {ranks}: it must divide the {world_size} ranks")
         shape = world_size // ranks, ranks
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
-    reshard = not config.keep_gathered
+    return shard_blocks(model, mesh, reshard_after_forward=not config.keep_gathered)
+
+
+def shard_blocks(
+    model: GPT, mesh: DeviceMesh, *, reshard_after_forward: bool = True, **options: Any
+) -> GPT:
+    """``fully_shard`` the blocks, and the rest; on a CPU each block's weights are gathered ahead.
+
+    Without streams FSDP2 would gather them one after the other, with nothing beside.
+    """
     for block in model.blocks:
-        fully_shard(block, mesh=mesh, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, reshard_after_forward=False)
-    if device.type == "cpu":
-        _prefetch(model)
+        fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, **options)
+    if mesh.device_type == "cpu":
+        units: list[FSDPModule] = [model, *model.blocks]  # type: ignore[list-item]
+        for unit, following in itertools.pairwise(units):
+            unit.set_modules_to_forward_prefetch([following])
     return model
 
 
@@ -117,10 +128,3 @@ def load_state_dicts(
         optim_state_dict=states["optimizer"],
         options=full.StateDictOptions(full_state_dict=True),
     )
-
-
-def _prefetch(model: GPT) -> None:
-    """Gather each block's weights while the one before computes: without streams FSDP would not."""
-    units: list[FSDPModule] = [model, *model.blocks]  # type: ignore[list-item]
-    for unit, following in itertools.pairwise(units):
-        unit.set_modules_to_forward_prefetch([following])

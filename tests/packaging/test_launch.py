@@ -4,6 +4,7 @@ Slurm itself is not here: srun and scontrol are stand-ins that run what they are
 that the script's own text is executed, but not that Slurm takes its #SBATCH options.
 """
 
+import json
 import os
 import re
 import socket
@@ -71,17 +72,22 @@ def finish(run: "subprocess.Popen[str]") -> str:
     return output
 
 
-def test_ddp_trains_on_two_nodes(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "parallel"), [("ddp.sh", "ddp"), ("fsdp.sh", "fsdp2"), ("fsdp.sh", "fsdp1")]
+)
+def test_training_on_two_nodes(script: str, parallel: str, tmp_path: Path) -> None:
     text = tmp_path / "text.py"
     text.write_bytes(Path(subprocess.__file__).read_bytes()[:40_000])
     out = tmp_path / "run"
     sizes = "--steps 2 --batch-size 1 --seq-len 16 --eval-windows 1 --checkpoint-every 0"
-    command = f"launch/ddp.sh {sizes} --data {text} --out {out}".split()
+    chosen = "--parallel fsdp1" if parallel == "fsdp1" else ""
+    command = f"launch/{script} {chosen} {sizes} --data {text} --out {out}".split()
     nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     runs = [start(*command, NODE_RANK=str(rank), **nodes) for rank in range(2)]
     for run in runs:
         finish(run)
-    assert '"world_size": 2' in (out / "summary.json").read_text()
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["world_size"], summary["parallel"]) == (2, parallel)
 
 
 def test_ddp_runs_any_script(tmp_path: Path) -> None:
