@@ -539,6 +539,10 @@ class ShardedComm(BaseComm):
         remarks = [
             f"weights as they are: {line}" for line in exempt_lines(weights.exempt, verbose=verbose)
         ]
+        if self._is_on_host:
+            remarks.append("residuals in host memory, on the device those of two units at a time")
+        if self.kind == "FSDP1":
+            remarks.append("weights are gathered by FSDP1 itself, and not counted")
         if self.hierarchy is not None:
             remarks.append(
                 f"two levels: nodes of {len(self._nodes[0])} ranks, intra "

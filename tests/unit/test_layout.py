@@ -13,6 +13,7 @@ from commrt.collectives.layout import (
     Piece,
     balanced,
     one_each,
+    owned,
     share_of,
     split_each,
 )
@@ -128,6 +129,17 @@ def test_one_each_gives_rank_r_all_of_tensor_r(numels: list[int], block: int) ->
     assert_payloads_are_dense(layout)
     for rank, pieces in enumerate(layout.shards):
         assert {piece.tensor for piece in pieces} <= {rank}
+
+
+@given(st.lists(st.tuples(st.integers(0, 300), st.integers(0, 2))), BLOCKS)
+def test_owned_gives_every_rank_its_tensors(given: list[tuple[int, int]], block: int) -> None:
+    numels, owners = tuple(numel for numel, _ in given), tuple(owner for _, owner in given)
+    layout = owned(numels, owners, block, 3)
+    assert blocks_in(layout) == blocks_of(list(numels), block)
+    assert_payloads_are_dense(layout)
+    for rank, pieces in enumerate(layout.shards):
+        assert all(owners[piece.tensor] == rank for piece in pieces)
+        assert [piece.tensor for piece in pieces] == sorted(piece.tensor for piece in pieces)
 
 
 @pytest.mark.parametrize("codec", ["none", "block8", "loco4", "loco2", "loco1:block=32"])

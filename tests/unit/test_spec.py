@@ -6,7 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, NoopCodec, parse, with_block
+from commrt.codecs import (
+    BlockCodec,
+    Codec,
+    DeltaCodec,
+    ExactCodec,
+    LocoCodec,
+    NoopCodec,
+    parse,
+    with_block,
+)
 from commrt.errors import ConfigError
 from commrt.ops.format import BLOCKS, MAX_BETA
 
@@ -33,7 +42,12 @@ def codecs(draw: st.DrawFn) -> Codec:
     )
 
 
-@given(codec=codecs() | st.just(ExactCodec()) | st.just(NoopCodec()))
+@given(
+    codec=codecs()
+    | st.just(ExactCodec())
+    | st.just(NoopCodec())
+    | st.builds(DeltaCodec, bits=st.sampled_from((2, 4, 8)), block=st.sampled_from(BLOCKS))
+)
 def test_a_codec_survives_its_spec(codec: Codec) -> None:
     assert parse(codec.spec) == codec
     assert parse(codec.spec).spec == codec.spec
@@ -48,6 +62,8 @@ def test_a_codec_survives_its_spec(codec: Codec) -> None:
         ("block4:block=64", BlockCodec(bits=4, block=64)),
         ("block2:levels=absmax", BlockCodec(bits=2, levels="absmax")),
         ("block4:rounding=stochastic", BlockCodec(bits=4, rounding="stochastic")),
+        ("delta4", DeltaCodec(bits=4, block=128)),
+        ("delta8:block=32", DeltaCodec(bits=8, block=32)),
         ("loco1", LocoCodec(bits=1)),
         ("loco2:beta=0.9", LocoCodec(bits=2, beta=0.9)),
         ("loco4", LocoCodec(bits=4, block=128, beta=0.8, residual=8, reset=0)),
