@@ -26,7 +26,7 @@ from commrt.hooks.units import Parameter, Part, Unit, UnitLayout
 try:
     from torch.distributed.fsdp._fully_shard import _fsdp_common
     from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
-except ImportError:  # before torch 2.9
+except ImportError:  # of an older torch
     AllGather = ReduceScatter = object  # type: ignore[assignment,misc]
 
 
@@ -37,7 +37,7 @@ def find_units(model: nn.Module) -> list[tuple[FSDPModule, Any, Unit]]:
         ConfigError: For what cannot be replaced, with its reason.
     """
     if ReduceScatter is object:
-        raise ConfigError(f"torch {torch.__version__}: FSDP2 needs torch 2.9 or later")
+        raise ConfigError(f"torch {torch.__version__}: its FSDP2 takes no custom communication")
     names = {module: name for name, module in model.named_modules()}
     found: list[tuple[FSDPModule, Any, Unit]] = []
     seen = set()

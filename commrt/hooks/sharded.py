@@ -113,6 +113,7 @@ class ShardedComm(BaseComm):
         self._lender: Lender | None = None
         self._workers: ThreadPipeline | None = None
         self._weight_worker: order.FifoWorker | None = None
+        self._seen: set[tuple[str, str]] = set()
         self._backward = -1
         self._pending: list[Future[Tensor]] = []
         self._rank = dist.get_rank(group)
@@ -178,7 +179,7 @@ class ShardedComm(BaseComm):
             plain: The uncompressed way to fill ``output``.
             may_defer: Whether nobody looks at ``output`` before backward is over.
         """
-        step = self._begin()
+        step = self._begin(unit, "reduce")
         wiring = self._wiring(unit)
         self._count_dense(unit, input, self._nodes_of(unit))
         if isinstance(self.codec, NoopCodec):
@@ -222,7 +223,7 @@ class ShardedComm(BaseComm):
             plain: The uncompressed way.
             may_defer: Whether nobody looks at ``output`` before backward is over.
         """
-        step = self._begin()
+        step = self._begin(unit, "average")
         wiring = self._wiring(unit)
         num_ranks = dist.get_world_size(group)
         num_bytes = ring_all_reduce_bytes(output.numel() * output.element_size(), num_ranks)
@@ -332,6 +333,7 @@ class ShardedComm(BaseComm):
             self._lender.settle()
 
     def _load(self, states: Sequence[State]) -> None:
+        self._seen.clear()
         self._gathers.load(self.units, [state.get("weights", {}) for state in states])
 
     def close(self) -> None:
@@ -378,23 +380,29 @@ class ShardedComm(BaseComm):
         hierarchy = 1 if self.hierarchy is None else self.hierarchy
         return find_nodes(hierarchy, dist.get_process_group_ranks(unit.shards))
 
-    def _begin(self) -> int:
-        """The step, in which backward is; at its end :meth:`_end_backward` is called."""
+    def _begin(self, unit: Unit, leg: str) -> int:
+        """The step that a unit's leg belongs to: a new one, where this one has had it already."""
+        if not self._seen or (unit.name, leg) in self._seen:
+            self._seen.clear()
+            self._steps += 1
+        self._seen.add((unit.name, leg))
+        return self._steps - 1
+
+    def _wait_at_the_end(self) -> None:
+        """Have the backward that is under way wait, when it ends, for all that was deferred.
+
+        With reentrant checkpointing one backward is inside another, and each waits.
+        """
         backward = torch._C._current_graph_task_id()
-        if backward == -1:
-            raise CollectiveError("gradients are reduced outside of backward: not supported")
         if backward != self._backward:
             self._backward = backward
-            self._pending.clear()
-            Variable._execution_engine.queue_callback(self._end_backward)
-        return self._steps
+            Variable._execution_engine.queue_callback(self._wait)
 
-    def _end_backward(self) -> None:
+    def _wait(self) -> None:
         pending, self._pending = self._pending, []
+        self._backward = -1
         for future in pending:
             future.wait()
-        self._backward = -1
-        self._steps += 1
 
     def _run(self, job: Callable[[], Tensor], may_defer: bool) -> None:
         if self._workers is None:
@@ -403,8 +411,9 @@ class ShardedComm(BaseComm):
             self._settle(self._workers.submit_first(job), may_defer)
 
     def _settle(self, future: Future[Tensor], may_defer: bool) -> None:
-        if may_defer:
+        if may_defer and torch._C._current_graph_task_id() != -1:
             self._pending.append(future)
+            self._wait_at_the_end()
         else:
             future.wait()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -60,17 +59,19 @@ def wrap(model: GPT, config: TrainConfig, device: torch.device) -> nn.Module:
 def shard_blocks(
     model: GPT, mesh: DeviceMesh, *, reshard_after_forward: bool = True, **options: Any
 ) -> GPT:
-    """``fully_shard`` the blocks, and the rest; on a CPU each block's weights are gathered ahead.
+    """``fully_shard`` the blocks, and the rest; on a CPU the next two blocks are gathered ahead.
 
-    Without streams FSDP2 would gather them one after the other, with nothing beside.
+    Without streams FSDP2 would gather one block after the other, with nothing beside; with one
+    ahead the network is idle whenever a gather has just ended.
     """
     for block in model.blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=reshard_after_forward, **options)
     fully_shard(model, mesh=mesh, reshard_after_forward=False, **options)
     if mesh.device_type == "cpu":
         units: list[FSDPModule] = [model, *model.blocks]  # type: ignore[list-item]
-        for unit, following in itertools.pairwise(units):
-            unit.set_modules_to_forward_prefetch([following])
+        for place, unit in enumerate(units):
+            unit.set_modules_to_forward_prefetch(units[place + 1 : place + 3])
+            unit.set_modules_to_backward_prefetch(units[max(place - 2, 1) : place][::-1])
     return model
 
 

@@ -22,6 +22,7 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import Shard
+from torch.utils.checkpoint import checkpoint
 
 import commrt
 from commrt.collectives import ShardReducer
@@ -664,3 +665,39 @@ def weights_stay_the_same() -> None:
 
 def test_low_bits_both_ways() -> None:
     run_ranks(weights_stay_the_same, world_size=3)
+
+
+class Recomputed(nn.Module):
+    """Layers whose activations are computed again in backward."""
+
+    def __init__(self, *, use_reentrant: bool) -> None:
+        super().__init__()
+        self.inner = small_model()
+        self.use_reentrant = use_reentrant
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        inputs = inputs.clone().requires_grad_()
+        hidden = checkpoint(self.inner[:3], inputs, use_reentrant=self.use_reentrant)
+        return checkpoint(self.inner[3:], hidden, use_reentrant=self.use_reentrant)
+
+
+def recomputed() -> None:
+    """One backward inside the other, or not: each step is one step, and is waited for."""
+    for use_reentrant in (False, True):
+
+        def make(use_reentrant: bool = use_reentrant) -> nn.Module:
+            model = Recomputed(use_reentrant=use_reentrant)
+            for index in (0, 3, 5):
+                fully_shard(model.inner[index])
+            return fully_shard(model)
+
+        assert_plain(make, Recomputed(use_reentrant=use_reentrant))
+        model = make()
+        comm = commrt.attach(model, min_numel=64)
+        with delayed(0.02):
+            train(model, range(3), backward)
+        assert comm.stats().steps == 3
+
+
+def test_activation_checkpointing() -> None:
+    run_ranks(recomputed, world_size=2)

@@ -103,7 +103,6 @@ class Training:
             torch.cuda.current_stream().wait_stream(reducing)
             for shard, output in zip(self.shards, outputs, strict=True):
                 shard.sub_(output, alpha=0.1)
-            self.comm._end_backward()
 
     def results(self) -> list[Tensor]:
         """Weights, what was computed with, and residuals: what a wrong order would spoil."""
