@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from commrt.collectives.torch_names import reduce_scatter_single
 from commrt.errors import ConfigError
 from commrt.hooks.naming import plain_name
+from commrt.hooks.reductions import Plain
 from commrt.hooks.residuals import Shard
-from commrt.hooks.sharded import Plain, ShardedComm
+from commrt.hooks.sharded import ShardedComm
 from commrt.hooks.units import Parameter, Part, Unit, UnitLayout
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)

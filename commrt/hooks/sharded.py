@@ -3,8 +3,7 @@
 import functools
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -19,13 +18,10 @@ from commrt import ops
 from commrt.codecs import (
     Codec,
     ExactCodec,
-    LocoCodec,
     LowRankCodec,
     NoopCodec,
-    derive_seed,
 )
 from commrt.collectives import (
-    Item,
     ThreadPipeline,
     Traffic,
     check_agreement,
@@ -33,21 +29,18 @@ from commrt.collectives import (
     order,
     ring_all_reduce_bytes,
     ring_scatter_bytes,
-    timed,
 )
 from commrt.errors import CollectiveError, ConfigError
 from commrt.hooks.base import BaseComm
 from commrt.hooks.gathers import Gathers
 from commrt.hooks.lender import Lender
+from commrt.hooks.reductions import Plain, Reductions
 from commrt.hooks.report import exempt_lines
 from commrt.hooks.residuals import Shard, Unmatched
 from commrt.hooks.state import State
-from commrt.hooks.units import Part, Unit, UnitLayout
+from commrt.hooks.units import Unit, UnitLayout
 from commrt.hooks.wiring import Codecs, Nodes, ShardWiring, place
 from commrt.ops import FLOAT_DTYPES
-
-Plain = Callable[[dist.ProcessGroup], object]
-"""Does what the model does without commrt, over another group of the same ranks."""
 
 
 class ShardedComm(BaseComm):
@@ -107,19 +100,24 @@ class ShardedComm(BaseComm):
         self._is_hybrid = any(unit.replicas for unit in units)
         if self._is_hybrid and hierarchy is not None:
             raise ConfigError(f"hierarchy={hierarchy!r}: must be None where shards have replicas")
-        self._reduce_traffic, self._gather_traffic = Traffic(), Traffic()
         self._gathers = Gathers(self.codecs.weights, min_numel)
         self._is_on_host = residuals == "host"
-        self._lender: Lender | None = None
         self._workers: ThreadPipeline | None = None
         self._weight_worker: order.FifoWorker | None = None
         self._seen: set[tuple[str, str]] = set()
         self._backward = -1
         self._pending: list[Future[Tensor]] = []
-        self._rank = dist.get_rank(group)
         self._senders_of = {unit.name: self._senders(unit) for unit in units}
+        self._reductions = Reductions(
+            self.codec,
+            self._registry,
+            self._residuals,
+            self._senders_of,
+            seed=seed,
+            rank=dist.get_rank(group),
+        )
         for unit in units:
-            sizes = unit.layout.largest()
+            sizes = unit.layout.largest
             for name, (like, is_trained) in unit.parameters.items():
                 self._gathers.bind(name, like, self._reason(sizes, name))
                 if is_trained:
@@ -149,7 +147,7 @@ class ShardedComm(BaseComm):
                 )
             unit.wiring = wirings[groups]
         if self._is_on_host:
-            self._lender = Lender(self._residuals, device)
+            self._reductions.lender = Lender(self._residuals, device)
         if not order.is_queued(device):
             self._workers = ThreadPipeline()
             # A thread of its own: ranks queue weights and means in different orders.
@@ -185,19 +183,15 @@ class ShardedComm(BaseComm):
         if isinstance(self.codec, NoopCodec):
             output.copy_(input.view(-1, output.numel())[unit.rank])
         elif self._is_plain(input, step) or wiring.scatterer is None:
-            job = functools.partial(self._plain_scatter, unit, output, input, plain)
+            job = functools.partial(
+                self._reductions.plain_scatter, unit, wiring, output, input, plain
+            )
             self._run(job, may_defer)
         else:
-            rescale = self._loss_scale_change(step)
+            parts, rescale = self._bind_new(unit, layout()), self._loss_scale_change(step)
             job = functools.partial(
-                self._scatter,
-                unit,
-                self._bind_new(unit, layout()),
-                output,
-                input,
-                step,
-                scale,
-                rescale,
+                self._reductions.scatter,
+                *(unit, wiring, parts, output, input, step, scale, rescale),
             )
             self._run(job, may_defer)
 
@@ -226,34 +220,17 @@ class ShardedComm(BaseComm):
         step = self._begin(unit, "average")
         wiring = self._wiring(unit)
         num_ranks = dist.get_world_size(group)
-        num_bytes = ring_all_reduce_bytes(output.numel() * output.element_size(), num_ranks)
-        self._dense_bytes += num_bytes
+        self._dense_bytes += ring_all_reduce_bytes(output.nbytes, num_ranks)
         if isinstance(self.codec, NoopCodec) or num_ranks == 1:
             return
         if self._is_plain(output, step) or wiring.averager is None:
-            assert wiring.replica_group is not None
-            plain_group = wiring.replica_group
-
-            def job() -> Tensor:
-                plain(plain_group)
-                self._reduce_traffic.exact_bytes += num_bytes
-                return output
-
+            job = functools.partial(self._reductions.plain_mean, wiring, output, plain, num_ranks)
             self._run(job, may_defer)
             return
-        averager, rescale = wiring.averager, self._loss_scale_change(step)
-        parts = self._bind_new(unit, layout())
-
-        def first() -> Any:
-            with self._lent(unit, parts, step, rescale) as lent:
-                items = self._items(unit, parts.of_chunk(output, unit.rank), step, lent)
-                return items, averager.reduce_leg(items, self._reduce_traffic)
-
-        def second(reduced: Any) -> Tensor:
-            items, received = reduced
-            averager.gather_leg(received, items, self._gather_traffic)
-            return output if scale == 1 else output.mul_(scale)
-
+        parts, rescale = self._bind_new(unit, layout()), self._loss_scale_change(step)
+        reductions = self._reductions
+        first = functools.partial(reductions.first_leg, unit, wiring, parts, output, step, rescale)
+        second = functools.partial(reductions.second_leg, wiring, output, scale)
         if self._workers is None:
             second(first())
         else:
@@ -315,22 +292,18 @@ class ShardedComm(BaseComm):
 
     def state_dict(self) -> dict[str, Any]:
         """See :class:`BaseComm`; with weights as differences also those decoded last."""
-        self._settle_host()
+        self._reductions.settle_host()
         return {**super().state_dict(), "weights": self._gathers.state_dict(self.units)}
 
     def residual_norm(self) -> float:
         """See :class:`BaseComm`."""
-        self._settle_host()
+        self._reductions.settle_host()
         return super().residual_norm()
 
     def load_state_dict(self, state: State | Sequence[State], strict: bool = True) -> Unmatched:
         """See :class:`BaseComm`."""
-        self._settle_host()
+        self._reductions.settle_host()
         return super().load_state_dict(state, strict)
-
-    def _settle_host(self) -> None:
-        if self._lender is not None:
-            self._lender.settle()
 
     def _load(self, states: Sequence[State]) -> None:
         self._seen.clear()
@@ -350,14 +323,14 @@ class ShardedComm(BaseComm):
         """Decide on a parameter that is trained, and make its residual."""
         like = unit.parameters[name].like
         self._registry.name(like, name)
-        if self._registry.admit(like, self._reason(unit.layout.largest(), name)):
+        if self._registry.admit(like, self._reason(unit.layout.largest, name)):
             shards = unit.layout.shards(self._senders_of[unit.name])
             none = [Shard(0, 0, like.numel())]  # it is others' to send
             self._residuals.add(name, like, shards.get(name, none), unit.device)
 
     def _bind_new(self, unit: Unit, layout: UnitLayout) -> UnitLayout:
         """Bind what was frozen when the communication began."""
-        for name in {part.name for part in layout.parts}:
+        for name in layout.largest:
             if name not in self._registry.compressed and name not in self._registry.exempt:
                 self._bind(unit, name)
         return layout
@@ -420,104 +393,6 @@ class ShardedComm(BaseComm):
     def _is_plain(self, tensor: Tensor, step: int) -> bool:
         return bool(self._plain_reason(step)) or tensor.dtype not in FLOAT_DTYPES
 
-    def _plain_scatter(self, unit: Unit, output: Tensor, input: Tensor, plain: Plain) -> Tensor:
-        group = self._wiring(unit).group
-        with timed(self._reduce_traffic, "network_s"):
-            plain(group)
-        # gloo's reduce-scatter is an all-reduce of which a shard is kept.
-        trips = 1 if order.is_queued(input.device) else 2
-        sent = trips * ring_scatter_bytes(input.nbytes, dist.get_world_size(group))
-        if unit.replicas is None:
-            self._reduce_traffic.exact_bytes += sent
-        else:
-            self._reduce_traffic.node_bytes += sent
-        return output
-
-    def _scatter(
-        self,
-        unit: Unit,
-        layout: UnitLayout,
-        output: Tensor,
-        input: Tensor,
-        step: int,
-        scale: float,
-        rescale: Tensor | None,
-    ) -> Tensor:
-        scatterer = self._wiring(unit).scatterer
-        assert scatterer is not None
-        traffic = Traffic()
-        if unit.replicas is None:
-            with self._lent(unit, layout, step, rescale) as lent:
-                items = self._items(unit, layout.of_buffer(input), step, lent)
-                means = scatterer.reduce_scatter(items, traffic) if items else []
-        else:
-            items = self._items(unit, layout.of_buffer(input), step, {})
-            means = scatterer.reduce_scatter(items, traffic) if items else []
-            traffic.node_bytes = traffic.reduce_bytes + traffic.exact_bytes
-            traffic.reduce_bytes = traffic.exact_bytes = 0
-        with timed(traffic, "codec_s"):
-            if sum(mean.numel() for mean in means) < output.numel():
-                output.zero_()  # the padding
-            own = layout.of_chunk(output, unit.rank)
-            for (_, target), mean in zip(own, means, strict=True):
-                target.copy_(mean if scale == 1 else mean.mul_(scale))
-        self._reduce_traffic.add(traffic)
-        return output
-
-    @contextmanager
-    def _lent(
-        self, unit: Unit, layout: UnitLayout, step: int, rescale: Tensor | None
-    ) -> Iterator[dict[str, Tensor]]:
-        """The residuals of a unit's parameters, to be updated; none after a failure inside."""
-        if rescale is not None:
-            self._residuals.rescale_(rescale)
-        names = [name for name in layout.largest() if self._residuals.get(name) is not None]
-        if isinstance(self.codec, LocoCodec) and self.codec.is_reset(step):
-            if self._lender is not None:
-                self._lender.settle()
-            self._residuals.reset(names)
-        if self._lender is not None:
-            lent = self._lender.take(unit.name, names)
-            yield lent
-            self._lender.give_back(lent)
-        else:
-            kept = {name: self._residuals.get(name) for name in names}
-            yield {name: payload for name, payload in kept.items() if payload is not None}
-        self._residuals.settle(names)
-
-    def _items(
-        self,
-        unit: Unit,
-        parts: Iterable[tuple[Part, Tensor]],
-        step: int,
-        lent: Mapping[str, Tensor],
-    ) -> list[Item]:
-        """Parts of gradients, with what this rank keeps of those that it sends at low bits."""
-        senders = self._senders_of[unit.name]
-        kept = {
-            name: zip(
-                self._residuals.of_shards(name, payload),
-                self._residuals.carries_of_shards(name),
-                strict=True,
-            )
-            for name, payload in lent.items()
-        }
-        items = []
-        for part, tensor in parts:
-            residual, carry = None, None
-            if part.name in kept and part.owner in senders:
-                residual, carry = next(kept[part.name])
-            item = Item(
-                tensor,
-                derive_seed(self.seed, self._rank, step, part.name, part.owner),
-                residual,
-                is_small=part.name not in self._registry.compressed,
-                carry=carry,
-                owner=part.owner,
-            )
-            items.append(item)
-        return items
-
     def _wiring(self, unit: Unit) -> ShardWiring:
         if unit.wiring is None:
             raise CollectiveError("closed: no more collectives after close()")
@@ -538,7 +413,8 @@ class ShardedComm(BaseComm):
         return f"{self.kind}, {', '.join(sorted(shards))}"
 
     def _traffics(self) -> Sequence[Traffic]:
-        return self._reduce_traffic, self._gather_traffic, self._gathers.traffic
+        reductions = self._reductions
+        return reductions.reduce_traffic, reductions.gather_traffic, self._gathers.traffic
 
     def _title(self) -> str:
         return self.kind

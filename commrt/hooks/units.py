@@ -1,6 +1,7 @@
 """The units of a sharded model: what one reduce-scatter or all-gather carries."""
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -62,6 +63,7 @@ class UnitLayout:
                 shards.setdefault(part.name, []).append(part.shard)
         return shards
 
+    @functools.cached_property
     def largest(self) -> dict[str, int]:
         """By name: elements of the largest shard."""
         sizes: dict[str, int] = {}
