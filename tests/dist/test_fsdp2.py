@@ -28,9 +28,13 @@ import commrt
 from commrt.collectives import ShardReducer
 from commrt.errors import CollectiveError, ConfigError, PeerMismatchError
 from commrt.testing import run_ranks, tcp_bytes_sent
+from commrt.training.config import ModelConfig
+from commrt.training.model import GPT, next_byte_losses
+from commrt.training.parallel import shard_blocks
 from tests.dist.sharded_checks import (
     ONE_WAY_BOUND,
     Ledger,
+    mesh_of,
     no_bias,
     no_sync,
     shard,
@@ -50,6 +54,8 @@ from tests.dist.small_training import (
     same_bits,
     small_model,
 )
+
+SHAPE = ModelConfig(dim=32, num_layers=2, num_heads=2, seq_len=16)
 
 Make = Callable[[], nn.Module]
 Run = Callable[[nn.Module, int], float]
@@ -91,6 +97,26 @@ def assert_plain(make: Make, replica: nn.Module, run: Run = backward, **checks: 
     for name, weight in whole_weights(exact).items():
         assert same_bits(weight, expected[name]), name
     assert_same_on_all_ranks(*whole_weights(coded).values())
+
+
+def fifty_steps() -> None:
+    """Of the main job's model, gradients clipped: losses and weights of plain FSDP2."""
+    models = [shard_blocks(GPT(SHAPE), mesh_of("fsdp2")) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    commrt.attach(models[1], "none")
+
+    def run(model: nn.Module, step: int) -> float:
+        generator = torch.Generator().manual_seed(100 * step + dist.get_rank())
+        tokens = (torch.randint(0, 8, (2, 1), generator=generator) + torch.arange(17)) % 8
+        loss = next_byte_losses(model(tokens[:, :-1]), tokens[:, 1:]).mean()
+        loss.backward()
+        return loss.item()
+
+    losses = [train(model, range(50), run, largest=1.0) for model in models]
+    assert losses[0] == losses[1]
+    assert losses[0][-1] < losses[0][0]
+    for first, second in zip(*(whole_weights(model).values() for model in models), strict=True):
+        assert same_bits(first, second)
 
 
 def offloaded() -> None:
@@ -291,7 +317,7 @@ def partial_sums() -> None:
 @pytest.mark.parametrize(
     "checks",
     [
-        [offloaded, half_precision, forced_sums, other_factors],
+        [fifty_steps, offloaded, half_precision, forced_sums, other_factors],
         [compiled, prefetched, on_inner_dimensions],
         [shared_and_frozen, before_backward_ends, backward_waits, partial_sums],
     ],
