@@ -33,7 +33,11 @@ class GroupMaker:
         self._is_checked = False
 
     def make(self, ranks: Sequence[int]) -> LegGroups:
-        """Groups of these global ranks.
+        """Groups of these global ranks; see :meth:`make_lanes`."""
+        return LegGroups(*self.make_lanes(ranks, 2))
+
+    def make_lanes(self, ranks: Sequence[int], number: int) -> list[dist.ProcessGroup]:
+        """Groups of these global ranks, for as many threads; on CUDA the same one each time.
 
         torch names a group made without the other ranks after the number of groups a rank knows, so
         that has to be the same on all of the parent's ranks.
@@ -48,13 +52,14 @@ class GroupMaker:
             num_groups = len(dist.distributed_c10d._world.pg_names)
             check_agreement({"number of process groups": num_groups}, self._parent, self._device)
             self._is_checked = True
+        is_queued = order.is_queued(self._device)
         groups = [
             dist.new_group(
                 list(ranks), timeout=self._timeout, use_local_synchronization=not is_world
             )
-            for _ in range(1 if order.is_queued(self._device) else 2)
+            for _ in range(1 if is_queued else number)
         ]
-        return LegGroups(groups[0], groups[-1])
+        return groups * number if is_queued else groups
 
 
 def find_nodes(

@@ -14,7 +14,7 @@ from commrt.collectives.torch_names import all_gather_single
 from commrt.hooks.registry import Registry
 from commrt.hooks.residuals import Shard
 from commrt.hooks.units import Part, Unit
-from commrt.hooks.wiring import ShardWiring
+from commrt.hooks.wiring import WEIGHT_LANES, ShardWiring
 from commrt.ops import FLOAT_DTYPES
 
 
@@ -29,14 +29,14 @@ class Gathers:
         min_numel: Those with fewer elements, or fewer than two dimensions, travel as they are.
 
     Attributes:
-        traffic: Sent so far.
+        traffics: Sent so far, by each thread.
         registry: Which weights are compressed.
     """
 
     def __init__(self, codec: Codec, min_numel: int) -> None:
         self._is_delta = isinstance(codec, DeltaCodec)
         self.registry = Registry(codec, min_numel)
-        self.traffic = Traffic()
+        self.traffics = [Traffic() for _ in range(WEIGHT_LANES)]
         self._loaded: dict[str, Tensor] = {}
 
     def bind(self, name: str, like: Tensor, reason: str) -> None:
@@ -46,31 +46,33 @@ class Gathers:
 
     def gather(self, unit: Unit, wiring: ShardWiring, output: Tensor, input: Tensor) -> Tensor:
         """Fill ``output`` (W * chunk) with all ranks' ``input`` (chunk)."""
-        gatherer, traffic = wiring.gatherer, Traffic()
-        if gatherer is None or output.dtype not in FLOAT_DTYPES:
-            self._plain(output, input, wiring.gather_group, traffic)
+        traffic, group = Traffic(), wiring.weight_groups[unit.lane]
+        if not wiring.gatherers or output.dtype not in FLOAT_DTYPES:
+            self._plain(output, input, group, traffic)
         elif not self._is_delta:
             _place(unit, output, input)
             items = self._items(unit, output)
             if items:
-                gatherer.all_gather_(items, traffic)
+                wiring.gatherers[unit.lane].all_gather_(items, traffic)
         else:
             is_first = unit.references is None
             if is_first:
-                unit.references = self._first_references(unit, wiring, output, input, traffic)
+                unit.references = self._first_references(unit, group, output, input, traffic)
             if not is_first or self._loaded:
                 self._add_differences(unit, wiring, output, input, traffic)
         if unit.replicas is not None:
             traffic.node_bytes, traffic.weight_bytes = traffic.weight_bytes, 0
-        self.traffic.add(traffic)
+        self.traffics[unit.lane].add(traffic)
         return output
 
-    def resharded(self, output: Tensor, input: Tensor, group: dist.ProcessGroup) -> Tensor:
+    def resharded(
+        self, unit: Unit, output: Tensor, input: Tensor, group: dist.ProcessGroup
+    ) -> Tensor:
         """Gather over a smaller group what was gathered before, as it was decoded then."""
         traffic = Traffic()
         self._plain(output, input, group, traffic)
         traffic.node_bytes, traffic.weight_bytes = traffic.weight_bytes, 0
-        self.traffic.add(traffic)
+        self.traffics[unit.lane].add(traffic)
         return output
 
     def forget(self, units: Sequence[Unit]) -> None:
@@ -113,7 +115,12 @@ class Gathers:
         traffic.weight_bytes += ring_scatter_bytes(output.nbytes, dist.get_world_size(group))
 
     def _first_references(
-        self, unit: Unit, wiring: ShardWiring, output: Tensor, input: Tensor, traffic: Traffic
+        self,
+        unit: Unit,
+        group: dist.ProcessGroup,
+        output: Tensor,
+        input: Tensor,
+        traffic: Traffic,
     ) -> Tensor:
         """The weights as they are, in full, or those of a state dict."""
         chunk = input.clone()
@@ -121,7 +128,7 @@ class Gathers:
             if part.name in self._loaded:
                 values.copy_(self._loaded[part.name])
         references = torch.empty_like(output)
-        self._plain(references, chunk, wiring.gather_group, traffic)
+        self._plain(references, chunk, group, traffic)
         _place(unit, output, input)
         if not self._loaded:
             output.copy_(references)
@@ -133,7 +140,6 @@ class Gathers:
         """Move the references to where the weights are now, and give them out."""
         references = unit.references
         assert references is not None
-        assert wiring.gatherer is not None
         references.nan_to_num_(0.0, 0.0, 0.0)  # else what was not finite once would stay so
         _place(unit, output, input)
         differences = torch.empty_like(output, dtype=torch.float32)
@@ -149,7 +155,7 @@ class Gathers:
                 self._items(unit, output), unit.layout.of_buffer(differences), strict=True
             )
         ]
-        wiring.gatherer.all_gather_(items, traffic)
+        wiring.gatherers[unit.lane].all_gather_(items, traffic)
         moved = zip(
             items,
             unit.layout.of_buffer(references),

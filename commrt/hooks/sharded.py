@@ -39,7 +39,7 @@ from commrt.hooks.report import exempt_lines
 from commrt.hooks.residuals import Shard, Unmatched
 from commrt.hooks.state import State
 from commrt.hooks.units import Unit, UnitLayout
-from commrt.hooks.wiring import Codecs, Nodes, ShardWiring, place
+from commrt.hooks.wiring import WEIGHT_LANES, Codecs, Nodes, ShardWiring, place
 from commrt.ops import FLOAT_DTYPES
 
 
@@ -103,7 +103,7 @@ class ShardedComm(BaseComm):
         self._gathers = Gathers(self.codecs.weights, min_numel)
         self._is_on_host = residuals == "host"
         self._workers: ThreadPipeline | None = None
-        self._weight_worker: order.FifoWorker | None = None
+        self._weight_workers: list[order.FifoWorker] = []
         self._seen: set[tuple[str, str]] = set()
         self._backward = -1
         self._pending: list[Future[Tensor]] = []
@@ -116,7 +116,8 @@ class ShardedComm(BaseComm):
             seed=seed,
             rank=dist.get_rank(group),
         )
-        for unit in units:
+        for number, unit in enumerate(units):
+            unit.lane = number % WEIGHT_LANES
             sizes = unit.layout.largest
             for name, (like, is_trained) in unit.parameters.items():
                 self._gathers.bind(name, like, self._reason(sizes, name))
@@ -150,10 +151,12 @@ class ShardedComm(BaseComm):
             self._reductions.lender = Lender(self._residuals, device)
         if not order.is_queued(device):
             self._workers = ThreadPipeline()
-            # A thread of its own: ranks queue weights and means in different orders.
-            self._weight_worker = order.FifoWorker("commrt-weights")
-            weakref.finalize(self, self._workers.close, wait=False)
-            weakref.finalize(self, self._weight_worker.close, wait=False)
+            # Threads of their own: ranks queue weights and means in different orders.
+            self._weight_workers = [
+                order.FifoWorker(f"commrt-weights-{lane}") for lane in range(WEIGHT_LANES)
+            ]
+            for worker in (self._workers, *self._weight_workers):
+                weakref.finalize(self, worker.close, wait=False)
 
     def reduce_scatter(
         self,
@@ -259,17 +262,17 @@ class ShardedComm(BaseComm):
         """
         wiring = self._wiring(unit)
         if group is not unit.shards:
-            job = functools.partial(self._gathers.resharded, output, input, group)
+            job = functools.partial(self._gathers.resharded, unit, output, input, group)
         else:
             self._count_dense(unit, output, [[rank] for rank in wiring.ranks])
             job = functools.partial(self._gathers.gather, unit, wiring, output, input)
         if isinstance(self.codec, NoopCodec):
             output.view(-1, input.numel()).copy_(input.clone().expand(unit.layout.world_size, -1))
             return None
-        if self._weight_worker is None:
+        if not self._weight_workers:
             job()
             return None
-        work = _FutureWork(order.submit_to(self._weight_worker, job))
+        work = _FutureWork(order.submit_to(self._weight_workers[unit.lane], job))
         if is_async:
             return work
         work.wait()
@@ -311,9 +314,10 @@ class ShardedComm(BaseComm):
 
     def close(self) -> None:
         """See :class:`BaseComm`."""
-        if self._workers is not None and self._weight_worker is not None:
+        if self._workers is not None:
             self._workers.close()
-            self._weight_worker.close()
+        for worker in self._weight_workers:
+            worker.close()
         for wiring in {unit.wiring for unit in self.units if unit.wiring is not None}:
             wiring.destroy()
         for unit in self.units:
@@ -414,7 +418,7 @@ class ShardedComm(BaseComm):
 
     def _traffics(self) -> Sequence[Traffic]:
         reductions = self._reductions
-        return reductions.reduce_traffic, reductions.gather_traffic, self._gathers.traffic
+        return reductions.reduce_traffic, reductions.gather_traffic, *self._gathers.traffics
 
     def _title(self) -> str:
         return self.kind

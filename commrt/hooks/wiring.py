@@ -142,6 +142,10 @@ class Wiring:
         )
 
 
+WEIGHT_LANES = 2
+"""Threads that gather weights beside each other: while one decodes, the other sends."""
+
+
 class ShardWiring:
     """The process groups of a sharded model's units that share them, and what runs over them.
 
@@ -154,10 +158,10 @@ class ShardWiring:
 
     Attributes:
         group: The ranks with a shard each, for gradients.
-        gather_group: The same, for weights.
+        weight_groups: The same, one for each thread that gathers weights.
         ranks: Theirs, in the default group.
         scatterer: Brings gradients to their owners; None where they go uncompressed.
-        gatherer: Brings weights to everybody; None where they go uncompressed.
+        gatherers: Bring weights to everybody, likewise; none where they go uncompressed.
         replica_group: The ranks with the same shard, for gradients.
         averager: Of a shard's gradient over its replicas.
 
@@ -165,7 +169,6 @@ class ShardWiring:
     """
 
     scatterer: Scatterer | None = None
-    gatherer: ShardReducer | None = None
     replica_group: dist.ProcessGroup | None = None
     averager: Averager | None = None
 
@@ -179,9 +182,9 @@ class ShardWiring:
     ) -> None:
         maker = GroupMaker(shards, device)
         self.ranks = dist.get_process_group_ranks(shards)
-        whole = maker.make(self.ranks)
-        self._groups = [whole]
-        self.group, self.gather_group = whole.reduce, whole.gather
+        self.group, *self.weight_groups = maker.make_lanes(self.ranks, 1 + WEIGHT_LANES)
+        self._groups = {self.group, *self.weight_groups}
+        self.gatherers: list[ShardReducer] = []
         codec = codecs.codec
         assert isinstance(codec, BlockwiseCodec)
         weights = codecs.weights
@@ -189,37 +192,39 @@ class ShardWiring:
             weights = weights.differences
         if not isinstance(weights, ExactCodec):
             assert isinstance(weights, BlockwiseCodec)
-            self.gatherer = ShardReducer(Reducer(weights, weights, whole.gather, whole.gather))
+            self.gatherers = [
+                ShardReducer(Reducer(weights, weights, group, group))
+                for group in self.weight_groups
+            ]
         if replicas is not None:
             others = GroupMaker(replicas, device).make(dist.get_process_group_ranks(replicas))
-            self._groups.append(others)
+            self._groups |= {others.reduce, others.gather}
             self.replica_group = others.reduce
             if not isinstance(codec, ExactCodec):
                 self.averager = Reducer(
                     codec, codecs.gather, others.reduce, others.gather, small=codecs.small
                 )
             if not isinstance(codecs.intra, ExactCodec):
-                self.scatterer = _shard_reducer(codecs.intra, codecs, whole)
+                self.scatterer = _shard_reducer(codecs.intra, codecs, self.group)
         elif isinstance(codec, ExactCodec):
             return
         elif len(nodes[0]) > 1:
             self.scatterer = self._two_levels(codec, codecs, nodes, maker)
         else:
-            self.scatterer = _shard_reducer(codec, codecs, whole)
+            self.scatterer = _shard_reducer(codec, codecs, self.group)
 
     def destroy(self) -> None:
         """Give up the groups. Ranks: all, with nothing under way."""
-        for groups in self._groups:
-            for group in {groups.reduce, groups.gather}:
-                dist.destroy_process_group(group)
+        for group in self._groups:
+            dist.destroy_process_group(group)
 
     def _two_levels(
         self, codec: BlockwiseCodec, codecs: Codecs, nodes: Nodes, maker: GroupMaker
     ) -> Scatterer:
         node, local_rank = place(nodes)
-        local = maker.make(node)
-        peers = maker.make([node[local_rank] for node in nodes])
-        self._groups += [local, peers]
+        (local,) = maker.make_lanes(node, 1)
+        (peers,) = maker.make_lanes([node[local_rank] for node in nodes], 1)
+        self._groups |= {local, peers}
         places: dict[int, tuple[int, int]] = {}
         for number in range(len(node)):
             same = sorted(node[number] for node in nodes)  # as torch numbers ranks in groups
@@ -231,9 +236,9 @@ class ShardWiring:
         )
 
 
-def _shard_reducer(codec: BlockwiseCodec, codecs: Codecs, groups: LegGroups) -> ShardReducer:
+def _shard_reducer(codec: BlockwiseCodec, codecs: Codecs, group: dist.ProcessGroup) -> ShardReducer:
     exact = ExactCodec(block=codec.block)
-    return ShardReducer(Reducer(codec, exact, groups.reduce, groups.gather, small=codecs.small))
+    return ShardReducer(Reducer(codec, exact, group, group, small=codecs.small))
 
 
 def place(nodes: Nodes) -> tuple[Sequence[int], int]:

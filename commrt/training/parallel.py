@@ -71,7 +71,8 @@ def shard_blocks(
         units: list[FSDPModule] = [model, *model.blocks]  # type: ignore[list-item]
         for place, unit in enumerate(units):
             unit.set_modules_to_forward_prefetch(units[place + 1 : place + 3])
-            unit.set_modules_to_backward_prefetch(units[max(place - 2, 1) : place][::-1])
+            before = units[max(place - 2, 1) : place] if place else units[-2:]
+            unit.set_modules_to_backward_prefetch(before[::-1])
     return model
 
 
