@@ -7,7 +7,7 @@ from commrt.collectives.compressed import (
     new_residuals,
     reduce_scatter,
 )
-from commrt.collectives.groups import GroupMaker, LegGroups, find_nodes
+from commrt.collectives.groups import GroupMaker, LegGroups, find_nodes, give_back
 from commrt.collectives.hierarchy import TwoLevelReducer
 from commrt.collectives.layout import balanced, share_of
 from commrt.collectives.lowrank import LowRankReducer
@@ -46,6 +46,7 @@ __all__ = [
     "check_gather",
     "find_nodes",
     "gather_texts",
+    "give_back",
     "new_residuals",
     "reduce_scatter",
     "ring_all_reduce_bytes",

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -54,12 +55,40 @@ class GroupMaker:
             self._is_checked = True
         is_queued = order.is_queued(self._device)
         groups = [
-            dist.new_group(
-                list(ranks), timeout=self._timeout, use_local_synchronization=not is_world
-            )
+            self._new_group(tuple(ranks), is_world=is_world)
             for _ in range(1 if is_queued else number)
         ]
         return groups * number if is_queued else groups
+
+    def _new_group(self, ranks: tuple[int, ...], *, is_world: bool) -> dist.ProcessGroup:
+        free = _given_back.get((ranks, self._timeout), [])
+        while free:
+            group = free.pop()
+            if group in dist.distributed_c10d._world.pg_map:
+                return group
+        made = dist.new_group(
+            list(ranks), timeout=self._timeout, use_local_synchronization=not is_world
+        )
+        assert isinstance(made, dist.ProcessGroup)
+        return made
+
+
+_given_back: dict[tuple[tuple[int, ...], timedelta], list[dist.ProcessGroup]] = {}
+"""Groups to be used again, by ranks and timeout.
+
+torch (2.13) names a group that only its ranks make after the number of groups there are. Once any
+was destroyed, the next gets a name that was used before, and waits for addresses of long ago.
+"""
+
+
+def give_back(group: dist.ProcessGroup) -> None:
+    """Keep a group that :class:`GroupMaker` made for the next who asks for one of these ranks.
+
+    Ranks: all of it, in the same order, with nothing under way.
+    """
+    ranks = tuple(dist.get_process_group_ranks(group))
+    timeout = group._get_backend(group._device_types[0]).options._timeout
+    _given_back.setdefault((ranks, timeout), []).append(group)
 
 
 def find_nodes(

@@ -27,7 +27,9 @@ class Scratch:
         buffer = self._buffers.get(key)
         if buffer is None or buffer.numel() < num_bytes:
             self._buffers.pop(key, None)
-            buffer = self._buffers[key] = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            with torch.inference_mode(False):  # or training could not write to it later
+                buffer = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+            self._buffers[key] = buffer
         return buffer[:num_bytes]
 
     def take_received(self, num_bytes: int, device: torch.device) -> Tensor:

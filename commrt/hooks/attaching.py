@@ -58,8 +58,9 @@ def attach(
         seed: Of stochastic rounding, where a codec uses it.
         warmup: Steps at the start that are averaged uncompressed.
         hierarchy: Ranks a node (consecutive ranks being neighbours; under torchrun
-            ``int(os.environ["LOCAL_WORLD_SIZE"])``), or the ranks of each node: gradients are
-            averaged inside each node first, and only the node's mean is compressed.
+            ``int(os.environ["LOCAL_WORLD_SIZE"])``; fewer beside tensor parallelism), or the ranks
+            of each node: gradients are averaged inside each node first, and only the node's mean is
+            compressed.
         intra: Codec inside a node: ``"none"`` or a block codec such as ``"block8"``.
         small: Codec of the parameters that are exempt by size: ``"none"`` or ``"block8"``.
         returns: FSDP with replicas: of the mean's way back, as ``gather`` is for DDP.
@@ -83,10 +84,14 @@ def attach(
     not (with a hierarchy, divided by the ranks of a node; with HSDP, by those of a shard group),
     and less than two buckets or units for payloads.
 
-    GradScaler: an overflow shows on every rank, which so skip the step together; residuals of the
-    blocks that were not finite stay as they were.
+    GradScaler: an overflow shows on every rank, which so skip the step together (with FSDP1 only
+    under torch's ShardedGradScaler); residuals of the blocks that were not finite stay as they
+    were.
 
-    FSDP2, unused parameters: their gradients are zeros, not None; buffers must keep their layout.
+    FSDP2: gradients of unused parameters are zeros, not None, since buffers must keep their layout.
+    So ``torch.autograd.grad`` leaves gradients of zeros, and a module that is called several times
+    in a forward is reduced as often. On a CPU gradients of other modules are not to be looked at
+    before backward ends, but by hooks on parameters.
     """
     settings: dict[str, Any] = {
         "min_numel": min_numel,
@@ -108,6 +113,8 @@ def attach(
         return _attach_fsdp2(model, codec, gather, returns=returns, residuals=residuals, **settings)
     if _is_of_fsdp(model, "FullyShardedDataParallel"):
         return _attach_fsdp1(model, codec, gather, returns=returns, residuals=residuals, **settings)
+    if hasattr(model, "_orig_mod"):
+        raise ConfigError("model is compiled: attach before torch.compile")
     raise ConfigError(
         f"model is a {type(model).__name__}: must be a DistributedDataParallel, a "
         "FullyShardedDataParallel or sharded by fully_shard; attach after wrapping"

@@ -134,10 +134,10 @@ class BaseComm(abc.ABC):
         identity = self._identity()
         own: State | None
         if isinstance(state, Mapping):
-            unmatched = check_own(state, identity, self._residuals, strict)
+            unmatched = check_own(state, identity, self._residuals, strict, self._registry.exempt)
             states, own = [state], state
         else:
-            unmatched = check_world(state, identity, self._residuals, strict)
+            unmatched = check_world(state, identity, self._residuals, strict, self._registry.exempt)
             states, own = list(state), find_own(state, identity)
         if own is not None:
             self._residuals.load(own)
@@ -160,7 +160,7 @@ class BaseComm(abc.ABC):
         """
         from commrt.hooks.distributed import flatten  # torch's checkpoints take long to import
 
-        return flatten(self.state_dict())
+        return flatten(self.state_dict(), self.group)
 
     def load_distributed(
         self, checkpoint: "str | Path | StorageReader", key: str = "comm"
@@ -179,10 +179,10 @@ class BaseComm(abc.ABC):
         """
         from commrt.hooks.distributed import read_states
 
-        return self.load_state_dict(read_states(checkpoint, key))
+        return self.load_state_dict(read_states(checkpoint, key, self.group))
 
     def detach(self) -> None:
-        """From now on average uncompressed, as plain DDP does; the residuals are given up.
+        """From now on average gradients uncompressed; the residuals are given up.
 
         Ranks: all, between the same two steps. To compress again, wrap the model anew: DDP cannot
         forget a hook.
@@ -192,9 +192,9 @@ class BaseComm(abc.ABC):
 
     @abc.abstractmethod
     def close(self) -> None:
-        """End the threads and process groups. The model can do no further backward.
+        """End the threads and give back the process groups, for those who attach again.
 
-        Without it threads end with this object, but groups stay as long as the default group.
+        Without it threads end with this object, but its groups are not used again.
 
         Ranks: all, between the same two steps.
         """

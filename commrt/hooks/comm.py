@@ -194,16 +194,16 @@ class Comm(BaseComm):
         return pipeline.submit(lambda: legs.sparse(buffer), lambda _: buffer)
 
     def close(self) -> None:
-        """End the threads and process groups. The model can do no further backward.
+        """End the threads and give back the process groups. The model can do no further backward.
 
-        Without it threads end with this object, but groups (two, with a hierarchy six) stay as long
-        as the default group.
+        Without it threads end with this object, but its groups (two, with a hierarchy six) are not
+        used again.
 
         Ranks: all, between the same two steps.
         """
         if self._pipeline is not None and self._wiring is not None:
             self._pipeline.close()
-            self._wiring.destroy()
+            self._wiring.give_back()
             self._wiring = None
 
     def _placement(self) -> str:

@@ -5,11 +5,13 @@ so nothing is unpickled. A key is ``RANK.KIND.NAME``.
 """
 
 import json
+import re
 from collections.abc import ItemsView, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
@@ -19,11 +21,12 @@ from commrt.errors import StateError
 _KINDS = ("residuals", "carries", "bases", "weights")
 
 
-def flatten(state: Mapping[str, Any]) -> dict[str, Tensor]:
+def flatten(state: Mapping[str, Any], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
     """A state dict as tensors that ``torch.distributed.checkpoint`` writes."""
-    rank, weights = state["rank"], state.get("weights", {})
+    rank, weights = dist.get_rank(), state.get("weights", {})
     tensors = {**state, "weights": {name: values for name, (_, values) in weights.items()}}
     rest = {name: value for name, value in state.items() if name not in _KINDS}
+    rest["members"] = dist.get_process_group_ranks(group)
     rest["weight_shards"] = {name: shard for name, (shard, _) in weights.items()}
     flat = {
         f"{rank}.{kind}.{name}": tensor for kind in _KINDS for name, tensor in tensors[kind].items()
@@ -32,23 +35,31 @@ def flatten(state: Mapping[str, Any]) -> dict[str, Tensor]:
     return flat
 
 
-def read_states(source: str | Path | dcp.StorageReader, key: str) -> list[dict[str, Any]]:
+def read_states(
+    source: str | Path | dcp.StorageReader, key: str, group: dist.ProcessGroup | None
+) -> list[dict[str, Any]]:
     """The state dicts of all ranks that wrote a checkpoint; residuals are read when asked for.
 
+    Where several groups wrote it (with tensor parallelism, say), those of the ranks of this one.
+
     Raises:
-        StateError: There is none under this key.
+        StateError: There is none under this key, or none of this group.
     """
     reader = source if isinstance(source, dcp.StorageReader) else dcp.FileSystemReader(source)
     metadata = reader.read_metadata()
     prefix = f"{key}." if key else ""
-    ranks = sorted(
-        int(name.removeprefix(prefix).removesuffix(".rest"))
-        for name in metadata.state_dict_metadata
-        if name.startswith(prefix) and name.endswith(".rest")
-    )
+    pattern = re.compile(re.escape(prefix) + r"(\d+)\.rest")
+    found = map(pattern.fullmatch, metadata.state_dict_metadata)
+    ranks = sorted(int(match[1]) for match in found if match)
     if not ranks:
         raise StateError(f"checkpoint has no {prefix}*.rest: it must hold comm.distributed_state()")
-    return [_read_state(reader, metadata, f"{prefix}{rank}.") for rank in ranks]
+    states = [_read_state(reader, metadata, f"{prefix}{rank}.") for rank in ranks]
+    own = dist.get_process_group_ranks(group)
+    if len({repr(state["members"]) for state in states}) > 1:
+        states = [state for state in states if state["members"] == own]
+    if not states:
+        raise StateError(f"checkpoint is of several groups of ranks, none of them {own}")
+    return states
 
 
 class _Saved(Mapping[str, Tensor]):

@@ -4,6 +4,7 @@ The hook says neither which unit calls it nor what is in its buffer. Both are re
 attributes (the unit's hook state, the layout of its flat parameter), in this file only.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
@@ -69,7 +70,7 @@ class _Hook:
         """NO_SHARD: in place."""
         self._comm.all_reduce(
             self._unit,
-            lambda: self._unit.layout,
+            self._layout,
             gradient,
             group=self._unit.shards,
             scale=1.0,
@@ -82,13 +83,23 @@ class _Hook:
         plain = functools.partial(reduce_scatter_single, output, gradient)
         self._comm.reduce_scatter(
             self._unit,
-            lambda: self._unit.layout,
+            self._layout,
             output,
             gradient,
             scale=1.0,
             plain=self._divided(gradient, output, plain),
             may_defer=False,
         )
+
+    def _layout(self) -> UnitLayout:
+        """Without the frozen parameters, whose gradients are zeros."""
+        unit = self._unit
+        is_trained = _is_trained(self._module._handle.flat_param)
+        trained = set(itertools.compress(unit.parameters, is_trained))
+        if len(trained) == len(unit.parameters):
+            return unit.layout
+        parts = tuple(part for part in unit.layout.parts if part.name in trained)
+        return dataclasses.replace(unit.layout, parts=parts)
 
     def _divided(self, gradient: Tensor, output: Tensor, collective: Any) -> Plain:
         """As FSDP1 without a hook: divide before and after, by about the root of the ranks each."""
@@ -108,6 +119,13 @@ def _hook(state: _Hook, gradient: Tensor, output: Tensor | None = None) -> None:
         state.reduce_scatter(gradient, output)
 
 
+def _is_trained(flat: Any) -> list[bool]:
+    """Of each original parameter."""
+    if flat._params is None:  # without use_orig_params
+        return [bool(flat.requires_grad)] * len(flat._fqns)
+    return [bool(parameter.requires_grad) for parameter in flat._params]
+
+
 def _unit(module: Any, name: str) -> Unit:
     flat = module._handle.flat_param
     is_sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
@@ -118,8 +136,8 @@ def _unit(module: Any, name: str) -> Unit:
     return Unit(
         name=name,
         parameters={
-            name: Parameter(torch.empty(shape, dtype=flat.dtype, device="meta"), True)
-            for name, shape in zip(names, flat._shapes, strict=True)
+            name: Parameter(torch.empty(shape, dtype=flat.dtype, device="meta"), is_trained)
+            for name, shape, is_trained in zip(names, flat._shapes, _is_trained(flat), strict=True)
         },
         layout=_layout(flat, names, world_size),
         shards=group,

@@ -52,21 +52,40 @@ def find_units(model: nn.Module) -> list[tuple[FSDPModule, Any, Unit]]:
             )
         if groups and id(groups[0]) not in seen:
             seen.add(id(groups[0]))
+            _check_free(groups[0], names[module])
             found.append((module, groups[0], _unit(groups[0], module, names)))
     if not found:
         raise ConfigError("model has no parameters that fully_shard has sharded")
     return found
 
 
+def _check_free(group: Any, name: str) -> None:
+    """Raise ConfigError where somebody else has replaced what is to be replaced."""
+    for comm in (group._reduce_scatter_comm, group._all_gather_comm):
+        if not type(comm).__module__.startswith("torch."):
+            raise ConfigError(
+                f"module {name!r} has a {type(comm).__name__} of its own already: attach once, or "
+                "close() first"
+            )
+    is_hybrid = isinstance(group.mesh_info, _fsdp_common.HSDPMeshInfo)
+    if is_hybrid and group._all_reduce_hook is not None:
+        raise ConfigError(f"module {name!r} has an all-reduce hook already: HSDP takes one")
+
+
 def check_stays_gathered(found: Sequence[tuple[FSDPModule, Any, Unit]]) -> None:
     """Raise ConfigError unless every module keeps its weights from forward to backward."""
     for module, group, unit in found:
         is_root = module._get_fsdp_state()._auto_reshard_after_forward and not unit.name
-        if group.post_forward_mesh_info is not None and not is_root:
-            raise ConfigError(
-                f"gather of differences with reshard_after_forward of module {unit.name!r}: must "
-                "be False, or backward would compute with other weights than forward"
-            )
+        if not is_root:
+            _check_stays_gathered(group, unit.name)
+
+
+def _check_stays_gathered(group: Any, name: str) -> None:
+    if group.post_forward_mesh_info is not None:
+        raise ConfigError(
+            f"gather of differences with reshard_after_forward of module {name!r}: must "
+            "be False, or backward would compute with other weights than forward"
+        )
 
 
 def parent_group(found: Sequence[tuple[FSDPModule, Any, Unit]]) -> dist.ProcessGroup:
@@ -91,17 +110,30 @@ def parent_group(found: Sequence[tuple[FSDPModule, Any, Unit]]) -> dist.ProcessG
 def install(comm: ShardedComm, found: Sequence[tuple[FSDPModule, Any, Unit]]) -> None:
     """Replace what FSDP2 calls, in every module."""
     for module, group, unit in found:
+        kept = {name: getattr(group, name) for name in _REPLACED}
+        comm.on_close(functools.partial(_restore, group, kept))
         replicas = None
         if unit.replicas is not None:
             replicas = _Replicas(comm, group, unit)
             replicas.take_over(module)
         module.set_custom_reduce_scatter(_ReduceScatter(comm, group, unit, replicas))
-        module.set_custom_all_gather(_AllGather(comm, unit))
+        module.set_custom_all_gather(_AllGather(comm, group, unit))
         if comm.compresses:
             module.set_reduce_scatter_unused_params(True, recurse=False)
         if unit.device.type == "cpu":
             # There are no streams to overlap anything: gathers that were prefetched do.
             group.unshard_async_op = True
+
+
+_REPLACED = (
+    *("_reduce_scatter_comm", "_all_gather_comm", "_all_reduce_hook", "mesh_info"),
+    *("post_forward_mesh_info", "reduce_scatter_unused_params", "unshard_async_op"),
+)
+
+
+def _restore(group: Any, kept: dict[str, Any]) -> None:
+    for name, value in kept.items():
+        setattr(group, name, value)
 
 
 class _Allocating:
@@ -159,8 +191,8 @@ class _ReduceScatter(_Allocating, ReduceScatter):
 class _AllGather(_Allocating, AllGather):
     """What FSDP2 calls for weights, on its all-gather streams."""
 
-    def __init__(self, comm: ShardedComm, unit: Unit) -> None:
-        self._comm, self._unit = comm, unit
+    def __init__(self, comm: ShardedComm, group: Any, unit: Unit) -> None:
+        self._comm, self._group, self._unit = comm, group, unit
 
     def __call__(
         self,
@@ -169,6 +201,8 @@ class _AllGather(_Allocating, AllGather):
         group: dist.ProcessGroup,
         async_op: bool = False,
     ) -> dist.Work | None:
+        if self._comm.sends_differences:
+            _check_stays_gathered(self._group, self._unit.name)
         return self._comm.all_gather(
             self._unit, output_tensor, input_tensor, group, is_async=async_op
         )
@@ -190,8 +224,11 @@ class _Replicas:
         mesh = self._group.mesh_info
         fields = {field.name for field in dataclasses.fields(mesh) if field.init}
         own = {name: getattr(mesh, name) for name in fields - {"replicate_mesh_dim"}}
-        self._group.mesh_info = _fsdp_common.FSDPMeshInfo(**own)
-        self._group.mesh_info.reduce_scatter_process_group = mesh.reduce_scatter_process_group
+        taken = _fsdp_common.FSDPMeshInfo(**own)
+        taken.reduce_scatter_process_group = mesh.reduce_scatter_process_group
+        self._group.mesh_info = taken
+        if self._group.post_forward_mesh_info == mesh:  # else weights would be sharded anew
+            self._group.post_forward_mesh_info = taken
         module.set_all_reduce_hook(self._all_reduce)
 
     @property
@@ -302,6 +339,9 @@ def _may_defer(group: Any, dtype: torch.dtype) -> bool:
     It looks at them to cast, divide, accumulate or offload them, or for the sake of hooks.
     """
     if dtype != group._orig_dtype or dtype == torch.float16 or group.force_sum_reduction_for_comms:
+        return False
+    hook = group._all_reduce_hook
+    if hook is not None and not isinstance(getattr(hook, "__self__", None), _Replicas):
         return False
     return not any(
         param.sharded_param.grad is not None

@@ -38,6 +38,7 @@ class Gathers:
         self.registry = Registry(codec, min_numel)
         self.traffics = [Traffic() for _ in range(WEIGHT_LANES)]
         self._loaded: dict[str, Tensor] = {}
+        self._resumed: set[str] = set()
 
     def bind(self, name: str, like: Tensor, reason: str) -> None:
         """Decide on a parameter."""
@@ -48,6 +49,7 @@ class Gathers:
         """Fill ``output`` (W * chunk) with all ranks' ``input`` (chunk)."""
         traffic, group = Traffic(), wiring.weight_groups[unit.lane]
         if not wiring.gatherers or output.dtype not in FLOAT_DTYPES:
+            self._note_dtype(unit, output.dtype)
             self._plain(output, input, group, traffic)
         elif not self._is_delta:
             _place(unit, output, input)
@@ -55,10 +57,11 @@ class Gathers:
             if items:
                 wiring.gatherers[unit.lane].all_gather_(items, traffic)
         else:
-            is_first = unit.references is None
-            if is_first:
+            # What a state dict had is of all ranks or of none, also where one holds no part of it.
+            has_before = unit.references is not None or unit.name in self._resumed
+            if unit.references is None:
                 unit.references = self._first_references(unit, group, output, input, traffic)
-            if not is_first or self._loaded:
+            if has_before:
                 self._add_differences(unit, wiring, output, input, traffic)
         if unit.replicas is not None:
             traffic.node_bytes, traffic.weight_bytes = traffic.weight_bytes, 0
@@ -71,13 +74,13 @@ class Gathers:
         """Gather over a smaller group what was gathered before, as it was decoded then."""
         traffic = Traffic()
         self._plain(output, input, group, traffic)
-        traffic.node_bytes, traffic.weight_bytes = traffic.weight_bytes, 0
         self.traffics[unit.lane].add(traffic)
         return output
 
     def forget(self, units: Sequence[Unit]) -> None:
         """Send everything in full at the next gather, where weights travel as differences."""
         self._loaded.clear()
+        self._resumed.clear()
         for unit in units:
             unit.references = None
 
@@ -93,11 +96,12 @@ class Gathers:
     def load(self, units: Sequence[Unit], states: Sequence[Mapping[str, Any]]) -> None:
         """Take the weights of the state dicts of all ranks for those that were decoded last.
 
-        Where a state dict has none, the next gather sends everything in full.
+        Ranks: all or none; one may have none of the weights.
         """
         self.forget(units)
         if not self._is_delta:
             return
+        self._resumed = {unit.name for unit in units}
         for unit in units:
             for part, _ in self._own_coded(unit, torch.empty(unit.layout.chunk, device="meta")):
                 whole = torch.full((part.shard.numel,), torch.nan)
@@ -106,6 +110,12 @@ class Gathers:
                 own = part.shard.of(whole).flatten()
                 if not own.isnan().any():
                     self._loaded[part.name] = own
+
+    def _note_dtype(self, unit: Unit, dtype: torch.dtype) -> None:
+        """Weights of several dtypes are gathered as bytes."""
+        for name in unit.parameters.keys() & self.registry.compressed.keys():
+            like = unit.parameters[name].like
+            self.registry.exclude(like, f"its module's weights are gathered as {dtype}")
 
     def _plain(
         self, output: Tensor, input: Tensor, group: dist.ProcessGroup, traffic: Traffic
@@ -126,12 +136,13 @@ class Gathers:
         chunk = input.clone()
         for part, values in self._own_coded(unit, chunk):
             if part.name in self._loaded:
-                values.copy_(self._loaded[part.name])
-        references = torch.empty_like(output)
+                values.copy_(self._loaded.pop(part.name))
+        with torch.inference_mode(False):  # training writes to them later
+            references = torch.empty_like(output)
         self._plain(references, chunk, group, traffic)
-        _place(unit, output, input)
-        if not self._loaded:
+        if unit.name not in self._resumed:
             output.copy_(references)
+        self._resumed.discard(unit.name)
         return references
 
     def _add_differences(

@@ -17,15 +17,16 @@ class CommStats:
         steps: Backward passes that were communicated.
         reduce_bytes: Sent on the reduce leg (gradients to their owners).
         gather_bytes: Sent on the gather leg (means back to everybody).
-        weight_bytes: Sent by the weight gathers of a sharded model, compressed or not.
+        weight_bytes: Sent by the weight gathers of FSDP2, compressed or not; inside nodes too, with
+            a hierarchy. FSDP1's are not counted.
         node_bytes: Sent to ranks of the same node, with a hierarchy, or of the same shard group,
             with HSDP; else 0.
         exact_bytes: Sent uncompressed: small gradients, on both legs, and steps that are averaged
             as without commrt, in a ring over all ranks (a sharded model's on gloo by its
             reduce-scatter, which sends as much as an all-reduce).
         dense_bytes: What rings send for the same, uncompressed: an all-reduce of DDP's buckets, or
-            the reduce-scatter and the weight gathers of a sharded model; with a hierarchy, between
-            nodes, of which each local rank does its share.
+            the reduce-scatter of a sharded model and the weight gathers of FSDP2; with a hierarchy,
+            between nodes, of which each local rank does its share.
         residual_bytes: Memory of the residuals.
         codec_s: Seconds spent encoding and decoding; on a GPU, queueing it.
         network_s: Seconds spent inside the process group, likewise.

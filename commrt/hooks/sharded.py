@@ -17,6 +17,7 @@ from torch.futures import Future
 from commrt import ops
 from commrt.codecs import (
     Codec,
+    DeltaCodec,
     ExactCodec,
     LowRankCodec,
     NoopCodec,
@@ -41,6 +42,9 @@ from commrt.hooks.state import State
 from commrt.hooks.units import Unit, UnitLayout
 from commrt.hooks.wiring import WEIGHT_LANES, Codecs, Nodes, ShardWiring, place
 from commrt.ops import FLOAT_DTYPES
+
+MAX_PENDING = 2
+"""Units whose gradients may be on their way while backward goes on."""
 
 
 class ShardedComm(BaseComm):
@@ -104,6 +108,7 @@ class ShardedComm(BaseComm):
         self._is_on_host = residuals == "host"
         self._workers: ThreadPipeline | None = None
         self._weight_workers: list[order.FifoWorker] = []
+        self._restores: list[Callable[[], object]] = []
         self._seen: set[tuple[str, str]] = set()
         self._backward = -1
         self._pending: list[Future[Tensor]] = []
@@ -155,7 +160,8 @@ class ShardedComm(BaseComm):
             self._weight_workers = [
                 order.FifoWorker(f"commrt-weights-{lane}") for lane in range(WEIGHT_LANES)
             ]
-            for worker in (self._workers, *self._weight_workers):
+            weakref.finalize(self, self._workers.close, wait=False)
+            for worker in self._weight_workers:
                 weakref.finalize(self, worker.close, wait=False)
 
     def reduce_scatter(
@@ -183,7 +189,7 @@ class ShardedComm(BaseComm):
         step = self._begin(unit, "reduce")
         wiring = self._wiring(unit)
         self._count_dense(unit, input, self._nodes_of(unit))
-        if isinstance(self.codec, NoopCodec):
+        if self._is_noop:
             output.copy_(input.view(-1, output.numel())[unit.rank])
         elif self._is_plain(input, step) or wiring.scatterer is None:
             job = functools.partial(
@@ -224,13 +230,15 @@ class ShardedComm(BaseComm):
         wiring = self._wiring(unit)
         num_ranks = dist.get_world_size(group)
         self._dense_bytes += ring_all_reduce_bytes(output.nbytes, num_ranks)
-        if isinstance(self.codec, NoopCodec) or num_ranks == 1:
+        if self._is_noop or num_ranks == 1:
             return
         if self._is_plain(output, step) or wiring.averager is None:
             job = functools.partial(self._reductions.plain_mean, wiring, output, plain, num_ranks)
             self._run(job, may_defer)
             return
         parts, rescale = self._bind_new(unit, layout()), self._loss_scale_change(step)
+        if not any(part.owner == unit.rank for part in parts.parts):
+            return  # padding alone, on all replicas
         reductions = self._reductions
         first = functools.partial(reductions.first_leg, unit, wiring, parts, output, step, rescale)
         second = functools.partial(reductions.second_leg, wiring, output, scale)
@@ -266,22 +274,42 @@ class ShardedComm(BaseComm):
         else:
             self._count_dense(unit, output, [[rank] for rank in wiring.ranks])
             job = functools.partial(self._gathers.gather, unit, wiring, output, input)
-        if isinstance(self.codec, NoopCodec):
-            output.view(-1, input.numel()).copy_(input.clone().expand(unit.layout.world_size, -1))
+        if self._is_noop:
+            rows = output.view(-1, input.numel())
+            rows.copy_(input.clone().expand_as(rows))
             return None
         if not self._weight_workers:
             job()
             return None
-        work = _FutureWork(order.submit_to(self._weight_workers[unit.lane], job))
+        is_inference = torch.is_inference_mode_enabled()
+
+        def in_same_mode() -> Tensor:
+            with torch.inference_mode(is_inference):
+                return job()
+
+        work = _FutureWork(order.submit_to(self._weight_workers[unit.lane], in_same_mode))
         if is_async:
             return work
         work.wait()
         return None
 
     @property
+    def _is_noop(self) -> bool:
+        return isinstance(self.codec, NoopCodec) and not self._is_detached
+
+    @property
     def compresses(self) -> bool:
         """Whether gradients are compressed, so that buffers must keep their layout."""
         return not isinstance(self.codec, ExactCodec)
+
+    @property
+    def sends_differences(self) -> bool:
+        """Whether weights must stay gathered from forward to backward."""
+        return isinstance(self.codecs.weights, DeltaCodec)
+
+    def on_close(self, restore: Callable[[], object]) -> None:
+        """Have :meth:`close` call it."""
+        self._restores.append(restore)
 
     def forget_weights(self) -> None:
         """Send all weights in full at the next gather.
@@ -296,7 +324,11 @@ class ShardedComm(BaseComm):
     def state_dict(self) -> dict[str, Any]:
         """See :class:`BaseComm`; with weights as differences also those decoded last."""
         self._reductions.settle_host()
-        return {**super().state_dict(), "weights": self._gathers.state_dict(self.units)}
+        return {
+            **super().state_dict(),
+            "weights": self._gathers.state_dict(self.units),
+            "has_weights": any(unit.references is not None for unit in self.units),
+        }
 
     def residual_norm(self) -> float:
         """See :class:`BaseComm`."""
@@ -310,16 +342,22 @@ class ShardedComm(BaseComm):
 
     def _load(self, states: Sequence[State]) -> None:
         self._seen.clear()
-        self._gathers.load(self.units, [state.get("weights", {}) for state in states])
+        if all(state.get("has_weights") for state in states):
+            self._gathers.load(self.units, [state["weights"] for state in states])
+        else:
+            self._gathers.forget(self.units)
 
     def close(self) -> None:
-        """See :class:`BaseComm`."""
+        """See :class:`BaseComm`; an FSDP2 model goes on as without commrt."""
         if self._workers is not None:
             self._workers.close()
         for worker in self._weight_workers:
             worker.close()
+        for restore in self._restores:
+            restore()
+        self._restores.clear()
         for wiring in {unit.wiring for unit in self.units if unit.wiring is not None}:
-            wiring.destroy()
+            wiring.give_back()
         for unit in self.units:
             unit.wiring = None
 
@@ -391,6 +429,8 @@ class ShardedComm(BaseComm):
         if may_defer and torch._C._current_graph_task_id() != -1:
             self._pending.append(future)
             self._wait_at_the_end()
+            if len(self._pending) > MAX_PENDING:  # or all unsharded gradients could be alive
+                self._pending.pop(0).wait()
         else:
             future.wait()
 

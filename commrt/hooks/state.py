@@ -12,22 +12,28 @@ State = Mapping[str, Any]
 _KEYS = ("steps", "loss_scale", "residuals", "shards", "bases", "carries")
 
 
-def check_own(state: State, identity: State, residuals: Residuals, strict: bool) -> Unmatched:
+Exempt = Mapping[str, tuple[str, int]]
+"""Parameters that are not compressed here, with the reason."""
+
+
+def check_own(
+    state: State, identity: State, residuals: Residuals, strict: bool, exempt: Exempt
+) -> Unmatched:
     """Raise StateError unless ``state`` is of this rank, in a world like this one."""
-    unmatched = _check(state, identity, tuple(identity), residuals, strict)
+    unmatched = _check(state, identity, tuple(identity), residuals, strict, exempt)
     if not residuals.fits(state):
         raise StateError("state dict is of other shards: load those of all ranks")
     return unmatched
 
 
 def check_world(
-    states: Sequence[State], identity: State, residuals: Residuals, strict: bool
+    states: Sequence[State], identity: State, residuals: Residuals, strict: bool, exempt: Exempt
 ) -> Unmatched:
     """Raise StateError unless ``states`` are of all ranks of one world, at the same step."""
     if not states:
         raise StateError("no state dicts: must be those of all ranks of a world")
     unmatched = [
-        _check(state, identity, ("version", "codec"), residuals, strict) for state in states
+        _check(state, identity, ("version", "codec"), residuals, strict, exempt) for state in states
     ]
     for key in ("world_size", "placement", "steps", "loss_scale"):
         if any(state[key] != states[0][key] for state in states):
@@ -49,7 +55,12 @@ def find_own(states: Sequence[State], identity: State) -> State | None:
 
 
 def _check(
-    state: State, identity: State, equal: Sequence[str], residuals: Residuals, strict: bool
+    state: State,
+    identity: State,
+    equal: Sequence[str],
+    residuals: Residuals,
+    strict: bool,
+    exempt: Exempt,
 ) -> Unmatched:
     for key in (*identity, *_KEYS):
         if key not in state:
@@ -57,4 +68,10 @@ def _check(
     for key in equal:
         if state[key] != identity[key]:
             raise StateError(f"state dict has {key}={state[key]!r}: must be {identity[key]!r} here")
+    for name in state["residuals"]:
+        if strict and name in exempt:
+            raise StateError(
+                f"state dict has a residual of {name!r}, which is not compressed here: "
+                f"{exempt[name][0]}; strict=False gives it up"
+            )
     return residuals.check(state, strict)

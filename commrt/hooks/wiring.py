@@ -27,6 +27,7 @@ from commrt.collectives import (
     TwoLevelReducer,
     TwoLevelScatterer,
     check_gather,
+    give_back,
 )
 from commrt.errors import ConfigError
 
@@ -118,11 +119,11 @@ class Wiring:
 
     averager: Averager
 
-    def destroy(self) -> None:
-        """Give up the groups. Ranks: all, with nothing under way."""
+    def give_back(self) -> None:
+        """Give the groups back. Ranks: all, with nothing under way."""
         for groups in self._groups:
-            for group in {groups.reduce, groups.gather}:
-                dist.destroy_process_group(group)
+            for group in dict.fromkeys((groups.reduce, groups.gather)):
+                give_back(group)
 
     def _two_levels(
         self, codecs: Codecs, nodes: Nodes, maker: GroupMaker, hold_zeros: bool
@@ -183,7 +184,7 @@ class ShardWiring:
         maker = GroupMaker(shards, device)
         self.ranks = dist.get_process_group_ranks(shards)
         self.group, *self.weight_groups = maker.make_lanes(self.ranks, 1 + WEIGHT_LANES)
-        self._groups = {self.group, *self.weight_groups}
+        self._groups = [self.group, *self.weight_groups]
         self.gatherers: list[ShardReducer] = []
         codec = codecs.codec
         assert isinstance(codec, BlockwiseCodec)
@@ -198,11 +199,16 @@ class ShardWiring:
             ]
         if replicas is not None:
             others = GroupMaker(replicas, device).make(dist.get_process_group_ranks(replicas))
-            self._groups |= {others.reduce, others.gather}
+            self._groups += [others.reduce, others.gather]
             self.replica_group = others.reduce
             if not isinstance(codec, ExactCodec):
                 self.averager = Reducer(
-                    codec, codecs.gather, others.reduce, others.gather, small=codecs.small
+                    codec,
+                    codecs.gather,
+                    others.reduce,
+                    others.gather,
+                    hold_zeros=True,
+                    small=codecs.small,
                 )
             if not isinstance(codecs.intra, ExactCodec):
                 self.scatterer = _shard_reducer(codecs.intra, codecs, self.group)
@@ -213,10 +219,10 @@ class ShardWiring:
         else:
             self.scatterer = _shard_reducer(codec, codecs, self.group)
 
-    def destroy(self) -> None:
-        """Give up the groups. Ranks: all, with nothing under way."""
-        for group in self._groups:
-            dist.destroy_process_group(group)
+    def give_back(self) -> None:
+        """Give the groups back. Ranks: all, with nothing under way."""
+        for group in dict.fromkeys(self._groups):
+            give_back(group)
 
     def _two_levels(
         self, codec: BlockwiseCodec, codecs: Codecs, nodes: Nodes, maker: GroupMaker
@@ -224,7 +230,7 @@ class ShardWiring:
         node, local_rank = place(nodes)
         (local,) = maker.make_lanes(node, 1)
         (peers,) = maker.make_lanes([node[local_rank] for node in nodes], 1)
-        self._groups |= {local, peers}
+        self._groups += [local, peers]
         places: dict[int, tuple[int, int]] = {}
         for number in range(len(node)):
             same = sorted(node[number] for node in nodes)  # as torch numbers ranks in groups
@@ -238,7 +244,8 @@ class ShardWiring:
 
 def _shard_reducer(codec: BlockwiseCodec, codecs: Codecs, group: dist.ProcessGroup) -> ShardReducer:
     exact = ExactCodec(block=codec.block)
-    return ShardReducer(Reducer(codec, exact, group, group, small=codecs.small))
+    # FSDP2 sends zeros for parameters that were not used, and zeros are to come back.
+    return ShardReducer(Reducer(codec, exact, group, group, hold_zeros=True, small=codecs.small))
 
 
 def place(nodes: Nodes) -> tuple[Sequence[int], int]:

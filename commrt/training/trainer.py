@@ -149,7 +149,7 @@ class Trainer:
         if found.world_size != dist.get_world_size():
             free = free | {"batch_size", "hierarchy"}
         if found.shared["config"]["parallel"] != self.config.parallel:
-            free = free | {"parallel", "hierarchy", "gather"}
+            free = free | {"parallel", "hierarchy", "gather", "keep_gathered"}
         saved = {**found.shared["config"], "train_bytes": found.shared["train_bytes"]}
         now = {**self.config.to_dict(), "train_bytes": len(self.corpus.train)}
         changed = [

@@ -23,7 +23,7 @@ from commrt.testing import run_ranks
 from commrt.testing.streams import Recorder, Stream
 from tests.dist.test_stream_hook import exchanged
 
-SEEDS = range(12)
+SEEDS = range(40)
 STEPS = 3
 ROWS, COLUMNS = 8, 64
 CPU = torch.device("cpu")
