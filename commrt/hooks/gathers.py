@@ -9,12 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.codecs import Codec, DeltaCodec
-from commrt.collectives import Item, Traffic, ring_scatter_bytes, timed
+from commrt.collectives import Item, ShardReducer, Traffic, ring_scatter_bytes, timed
 from commrt.collectives.torch_names import all_gather_single
 from commrt.hooks.registry import Registry
 from commrt.hooks.residuals import Shard
 from commrt.hooks.units import Part, Unit
-from commrt.hooks.wiring import WEIGHT_LANES, ShardWiring
+from commrt.hooks.wiring import ShardWiring
 from commrt.ops import FLOAT_DTYPES
 
 
@@ -29,14 +29,12 @@ class Gathers:
         min_numel: Those with fewer elements, or fewer than two dimensions, travel as they are.
 
     Attributes:
-        traffics: Sent so far, by each thread.
         registry: Which weights are compressed.
     """
 
     def __init__(self, codec: Codec, min_numel: int) -> None:
         self._is_delta = isinstance(codec, DeltaCodec)
         self.registry = Registry(codec, min_numel)
-        self.traffics = [Traffic() for _ in range(WEIGHT_LANES)]
         self._loaded: dict[str, Tensor] = {}
         self._resumed: set[str] = set()
 
@@ -47,34 +45,34 @@ class Gathers:
 
     def gather(self, unit: Unit, wiring: ShardWiring, output: Tensor, input: Tensor) -> Tensor:
         """Fill ``output`` (W * chunk) with all ranks' ``input`` (chunk)."""
-        traffic, group = Traffic(), wiring.weight_groups[unit.lane]
-        if not wiring.gatherers or output.dtype not in FLOAT_DTYPES:
+        traffic, gatherer, group = Traffic(), wiring.gatherer, wiring.gather_group
+        if gatherer is None or output.dtype not in FLOAT_DTYPES:
             self._note_dtype(unit, output.dtype)
             self._plain(output, input, group, traffic)
         elif not self._is_delta:
             _place(unit, output, input)
             items = self._items(unit, output)
             if items:
-                wiring.gatherers[unit.lane].all_gather_(items, traffic)
+                gatherer.all_gather_(items, traffic)
         else:
             # What a state dict had is of all ranks or of none, also where one holds no part of it.
             has_before = unit.references is not None or unit.name in self._resumed
             if unit.references is None:
                 unit.references = self._first_references(unit, group, output, input, traffic)
             if has_before:
-                self._add_differences(unit, wiring, output, input, traffic)
+                self._add_differences(unit, gatherer, output, input, traffic)
         if unit.replicas is not None:
             traffic.node_bytes, traffic.weight_bytes = traffic.weight_bytes, 0
-        self.traffics[unit.lane].add(traffic)
+        wiring.weight_traffic.add(traffic)
         return output
 
     def resharded(
-        self, unit: Unit, output: Tensor, input: Tensor, group: dist.ProcessGroup
+        self, wiring: ShardWiring, output: Tensor, input: Tensor, group: dist.ProcessGroup
     ) -> Tensor:
         """Gather over a smaller group what was gathered before, as it was decoded then."""
         traffic = Traffic()
         self._plain(output, input, group, traffic)
-        self.traffics[unit.lane].add(traffic)
+        wiring.weight_traffic.add(traffic)
         return output
 
     def forget(self, units: Sequence[Unit]) -> None:
@@ -146,7 +144,7 @@ class Gathers:
         return references
 
     def _add_differences(
-        self, unit: Unit, wiring: ShardWiring, output: Tensor, input: Tensor, traffic: Traffic
+        self, unit: Unit, gatherer: ShardReducer, output: Tensor, input: Tensor, traffic: Traffic
     ) -> None:
         """Move the references to where the weights are now, and give them out."""
         references = unit.references
@@ -166,7 +164,7 @@ class Gathers:
                 self._items(unit, output), unit.layout.of_buffer(differences), strict=True
             )
         ]
-        wiring.gatherers[unit.lane].all_gather_(items, traffic)
+        gatherer.all_gather_(items, traffic)
         moved = zip(
             items,
             unit.layout.of_buffer(references),

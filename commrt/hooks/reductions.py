@@ -39,8 +39,6 @@ class Reductions:
 
     Attributes:
         lender: Set where residuals are in host memory.
-        reduce_traffic: Sent by reduce-scatters and reduce legs.
-        gather_traffic: Sent by gather legs, which run on a thread of their own.
     """
 
     def __init__(
@@ -59,22 +57,21 @@ class Reductions:
         self._senders_of = senders_of
         self._seed, self._rank = seed, rank
         self.lender: Lender | None = None
-        self.reduce_traffic, self.gather_traffic = Traffic(), Traffic()
 
     def plain_scatter(
         self, unit: Unit, wiring: ShardWiring, output: Tensor, input: Tensor, plain: Plain
     ) -> Tensor:
         """Fill ``output`` uncompressed."""
         group = wiring.group
-        with timed(self.reduce_traffic, "network_s"):
+        with timed(wiring.reduce_traffic, "network_s"):
             plain(group)
         # gloo's reduce-scatter is an all-reduce of which a shard is kept.
         trips = 1 if order.is_queued(input.device) else 2
         sent = trips * ring_scatter_bytes(input.nbytes, dist.get_world_size(group))
         if unit.replicas is None:
-            self.reduce_traffic.exact_bytes += sent
+            wiring.reduce_traffic.exact_bytes += sent
         else:
-            self.reduce_traffic.node_bytes += sent
+            wiring.reduce_traffic.node_bytes += sent
         return output
 
     def scatter(
@@ -86,7 +83,6 @@ class Reductions:
         input: Tensor,
         step: int,
         scale: float,
-        rescale: Tensor | None,
     ) -> Tensor:
         """Fill ``output`` (chunk) with the mean of this rank's chunk of ``input`` (W * chunk).
 
@@ -98,13 +94,12 @@ class Reductions:
             input: This rank's gradients.
             step: Of which.
             scale: By what the mean is multiplied.
-            rescale: How much larger gradients are than those before, where a step begins.
         """
         scatterer = wiring.scatterer
         assert scatterer is not None
         traffic = Traffic()
         if unit.replicas is None:
-            with self._lent(unit, layout, step, rescale) as lent:
+            with self._lent(unit, layout, step) as lent:
                 items = self._items(unit, layout.of_buffer(input), step, lent)
                 means = scatterer.reduce_scatter(items, traffic) if items else []
         else:
@@ -118,7 +113,7 @@ class Reductions:
             own = layout.of_chunk(output, unit.rank)
             for (_, target), mean in zip(own, means, strict=True):
                 target.copy_(mean if scale == 1 else mean.mul_(scale))
-        self.reduce_traffic.add(traffic)
+        wiring.reduce_traffic.add(traffic)
         return output
 
     def plain_mean(
@@ -126,9 +121,9 @@ class Reductions:
     ) -> Tensor:
         """Average ``output`` over its replicas, uncompressed."""
         assert wiring.replica_group is not None
-        with timed(self.reduce_traffic, "network_s"):
+        with timed(wiring.reduce_traffic, "network_s"):
             plain(wiring.replica_group)
-        self.reduce_traffic.exact_bytes += ring_all_reduce_bytes(output.nbytes, num_ranks)
+        wiring.reduce_traffic.exact_bytes += ring_all_reduce_bytes(output.nbytes, num_ranks)
         return output
 
     def first_leg(
@@ -138,13 +133,12 @@ class Reductions:
         layout: UnitLayout,
         output: Tensor,
         step: int,
-        rescale: Tensor | None,
     ) -> tuple[list[Item], Any]:
         """Send this rank's chunk to its replicas; see :meth:`scatter`."""
         assert wiring.averager is not None
-        with self._lent(unit, layout, step, rescale) as lent:
+        with self._lent(unit, layout, step) as lent:
             items = self._items(unit, layout.of_chunk(output, unit.rank), step, lent)
-            return items, wiring.averager.reduce_leg(items, self.reduce_traffic)
+            return items, wiring.averager.reduce_leg(items, wiring.reduce_traffic)
 
     def second_leg(
         self, wiring: ShardWiring, output: Tensor, scale: float, reduced: tuple[list[Item], Any]
@@ -152,7 +146,7 @@ class Reductions:
         """Average what :meth:`first_leg` received, and send it back."""
         assert wiring.averager is not None
         items, received = reduced
-        wiring.averager.gather_leg(received, items, self.gather_traffic)
+        wiring.averager.gather_leg(received, items, wiring.return_traffic)
         return output if scale == 1 else output.mul_(scale)
 
     def settle_host(self) -> None:
@@ -161,12 +155,8 @@ class Reductions:
             self.lender.settle()
 
     @contextmanager
-    def _lent(
-        self, unit: Unit, layout: UnitLayout, step: int, rescale: Tensor | None
-    ) -> Iterator[dict[str, Tensor]]:
+    def _lent(self, unit: Unit, layout: UnitLayout, step: int) -> Iterator[dict[str, Tensor]]:
         """The residuals of a unit's parameters, to be updated; none after a failure inside."""
-        if rescale is not None:
-            self._residuals.rescale_(rescale)
         names = [name for name in layout.largest if self._residuals.get(name) is not None]
         if isinstance(self._codec, LocoCodec) and self._codec.is_reset(step):
             self.settle_host()

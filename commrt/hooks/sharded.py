@@ -40,7 +40,7 @@ from commrt.hooks.report import exempt_lines
 from commrt.hooks.residuals import Shard, Unmatched
 from commrt.hooks.state import State
 from commrt.hooks.units import Unit, UnitLayout
-from commrt.hooks.wiring import WEIGHT_LANES, Codecs, Nodes, ShardWiring, place
+from commrt.hooks.wiring import LANES, Codecs, Nodes, ShardWiring, place
 from commrt.ops import FLOAT_DTYPES
 
 MAX_PENDING = 2
@@ -106,7 +106,9 @@ class ShardedComm(BaseComm):
             raise ConfigError(f"hierarchy={hierarchy!r}: must be None where shards have replicas")
         self._gathers = Gathers(self.codecs.weights, min_numel)
         self._is_on_host = residuals == "host"
-        self._workers: ThreadPipeline | None = None
+        self._is_closed = False
+        self._wirings: list[ShardWiring] = []
+        self._workers: list[ThreadPipeline] = []
         self._weight_workers: list[order.FifoWorker] = []
         self._restores: list[Callable[[], object]] = []
         self._seen: set[tuple[str, str]] = set()
@@ -121,8 +123,7 @@ class ShardedComm(BaseComm):
             seed=seed,
             rank=dist.get_rank(group),
         )
-        for number, unit in enumerate(units):
-            unit.lane = number % WEIGHT_LANES
+        for unit in units:
             sizes = unit.layout.largest
             for name, (like, is_trained) in unit.parameters.items():
                 self._gathers.bind(name, like, self._reason(sizes, name))
@@ -143,26 +144,28 @@ class ShardedComm(BaseComm):
         check_agreement(self._settings(device), self.group, device)
         if device.type == "cuda" and ops.status(device).startswith("reference"):
             warnings.warn(f"slow ops on {device}: {ops.status(device)}", stacklevel=3)
-        wirings: dict[tuple[object, object], ShardWiring] = {}
-        for unit in self.units:
-            groups = (unit.shards, unit.replicas)
-            if groups not in wirings:
+        num_lanes = 1 if order.is_queued(device) else LANES
+        wirings: dict[tuple[object, ...], ShardWiring] = {}
+        for number, unit in enumerate(self.units):
+            unit.lane = number % num_lanes
+            shared = (unit.shards, unit.replicas, unit.lane)
+            if shared not in wirings:
                 nodes = self._nodes_of(unit)
-                wirings[groups] = ShardWiring(
+                wirings[shared] = ShardWiring(
                     self.codecs, unit.shards, nodes, unit.replicas, device
                 )
-            unit.wiring = wirings[groups]
+            unit.wiring = wirings[shared]
+        self._wirings = list(wirings.values())
         if self._is_on_host:
             self._reductions.lender = Lender(self._residuals, device)
-        if not order.is_queued(device):
-            self._workers = ThreadPipeline()
+        if order.is_queued(device):
+            return
+        for lane in range(num_lanes):
             # Threads of their own: ranks queue weights and means in different orders.
-            self._weight_workers = [
-                order.FifoWorker(f"commrt-weights-{lane}") for lane in range(WEIGHT_LANES)
-            ]
-            weakref.finalize(self, self._workers.close, wait=False)
-            for worker in self._weight_workers:
-                weakref.finalize(self, worker.close, wait=False)
+            self._workers.append(ThreadPipeline())
+            self._weight_workers.append(order.FifoWorker(f"commrt-weights-{lane}"))
+            weakref.finalize(self, self._workers[-1].close, wait=False)
+            weakref.finalize(self, self._weight_workers[-1].close, wait=False)
 
     def reduce_scatter(
         self,
@@ -195,14 +198,15 @@ class ShardedComm(BaseComm):
             job = functools.partial(
                 self._reductions.plain_scatter, unit, wiring, output, input, plain
             )
-            self._run(job, may_defer)
+            self._run(unit, job, may_defer)
         else:
-            parts, rescale = self._bind_new(unit, layout()), self._loss_scale_change(step)
+            self._rescale(step)
+            parts = self._bind_new(unit, layout())
             job = functools.partial(
                 self._reductions.scatter,
-                *(unit, wiring, parts, output, input, step, scale, rescale),
+                *(unit, wiring, parts, output, input, step, scale),
             )
-            self._run(job, may_defer)
+            self._run(unit, job, may_defer)
 
     def all_reduce(
         self,
@@ -234,18 +238,19 @@ class ShardedComm(BaseComm):
             return
         if self._is_plain(output, step) or wiring.averager is None:
             job = functools.partial(self._reductions.plain_mean, wiring, output, plain, num_ranks)
-            self._run(job, may_defer)
+            self._run(unit, job, may_defer)
             return
-        parts, rescale = self._bind_new(unit, layout()), self._loss_scale_change(step)
+        self._rescale(step)
+        parts = self._bind_new(unit, layout())
         if not any(part.owner == unit.rank for part in parts.parts):
             return  # padding alone, on all replicas
         reductions = self._reductions
-        first = functools.partial(reductions.first_leg, unit, wiring, parts, output, step, rescale)
+        first = functools.partial(reductions.first_leg, unit, wiring, parts, output, step)
         second = functools.partial(reductions.second_leg, wiring, output, scale)
-        if self._workers is None:
+        if not self._workers:
             second(first())
         else:
-            self._settle(self._workers.submit(first, second), may_defer)
+            self._settle(self._workers[unit.lane].submit(first, second), may_defer)
 
     def all_gather(
         self,
@@ -269,8 +274,11 @@ class ShardedComm(BaseComm):
             The work to wait for, if it is not finished or queued.
         """
         wiring = self._wiring(unit)
+        lane = unit.lane
         if group is not unit.shards:
-            job = functools.partial(self._gathers.resharded, unit, output, input, group)
+            # All on one thread: the group is FSDP's own, whose gathers must keep their order.
+            lane, wiring = 0, self._wirings[0]
+            job = functools.partial(self._gathers.resharded, wiring, output, input, group)
         else:
             self._count_dense(unit, output, [[rank] for rank in wiring.ranks])
             job = functools.partial(self._gathers.gather, unit, wiring, output, input)
@@ -287,7 +295,7 @@ class ShardedComm(BaseComm):
             with torch.inference_mode(is_inference):
                 return job()
 
-        work = _FutureWork(order.submit_to(self._weight_workers[unit.lane], in_same_mode))
+        work = _FutureWork(order.submit_to(self._weight_workers[lane], in_same_mode))
         if is_async:
             return work
         work.wait()
@@ -349,15 +357,17 @@ class ShardedComm(BaseComm):
 
     def close(self) -> None:
         """See :class:`BaseComm`; an FSDP2 model goes on as without commrt."""
-        if self._workers is not None:
-            self._workers.close()
+        for pipeline in self._workers:
+            pipeline.close()
         for worker in self._weight_workers:
             worker.close()
         for restore in self._restores:
             restore()
         self._restores.clear()
-        for wiring in {unit.wiring for unit in self.units if unit.wiring is not None}:
-            wiring.give_back()
+        if not self._is_closed:
+            for wiring in self._wirings:
+                wiring.give_back()
+        self._is_closed = True
         for unit in self.units:
             unit.wiring = None
 
@@ -419,11 +429,17 @@ class ShardedComm(BaseComm):
         for future in pending:
             future.wait()
 
-    def _run(self, job: Callable[[], Tensor], may_defer: bool) -> None:
-        if self._workers is None:
+    def _rescale(self, step: int) -> None:
+        """Bring residuals up to a step's loss scale; no thread is at work when a step begins."""
+        change = self._loss_scale_change(step)
+        if change is not None:
+            self._residuals.rescale_(change)
+
+    def _run(self, unit: Unit, job: Callable[[], Tensor], may_defer: bool) -> None:
+        if not self._workers:
             job()
         else:
-            self._settle(self._workers.submit_first(job), may_defer)
+            self._settle(self._workers[unit.lane].submit_first(job), may_defer)
 
     def _settle(self, future: Future[Tensor], may_defer: bool) -> None:
         if may_defer and torch._C._current_graph_task_id() != -1:
@@ -457,8 +473,11 @@ class ShardedComm(BaseComm):
         return f"{self.kind}, {', '.join(sorted(shards))}"
 
     def _traffics(self) -> Sequence[Traffic]:
-        reductions = self._reductions
-        return reductions.reduce_traffic, reductions.gather_traffic, *self._gathers.traffics
+        return [
+            traffic
+            for wiring in self._wirings
+            for traffic in (wiring.reduce_traffic, wiring.return_traffic, wiring.weight_traffic)
+        ]
 
     def _title(self) -> str:
         return self.kind

@@ -90,7 +90,7 @@ class Unit:
         shards: Group of the ranks with a shard each.
         replicas: Group of the ranks with the same shard, with hybrid sharding or without any.
         device: Of its tensors.
-        lane: Which of the threads that gather weights gathers its.
+        lane: Which of the threads its turn is on.
         wiring: Set when the communication starts.
         references: Weights as all ranks decoded them last, where they travel as differences.
     """

@@ -24,6 +24,7 @@ from commrt.collectives import (
     Reducer,
     Scatterer,
     ShardReducer,
+    Traffic,
     TwoLevelReducer,
     TwoLevelScatterer,
     check_gather,
@@ -143,8 +144,8 @@ class Wiring:
         )
 
 
-WEIGHT_LANES = 2
-"""Threads that gather weights beside each other: while one decodes, the other sends."""
+LANES = 2
+"""On a CPU units take turns on as many threads: while one encodes or decodes, the other sends."""
 
 
 class ShardWiring:
@@ -159,17 +160,21 @@ class ShardWiring:
 
     Attributes:
         group: The ranks with a shard each, for gradients.
-        weight_groups: The same, one for each thread that gathers weights.
+        gather_group: The same, for weights.
         ranks: Theirs, in the default group.
         scatterer: Brings gradients to their owners; None where they go uncompressed.
-        gatherers: Bring weights to everybody, likewise; none where they go uncompressed.
+        gatherer: Brings weights to everybody, likewise.
         replica_group: The ranks with the same shard, for gradients.
         averager: Of a shard's gradient over its replicas.
+        reduce_traffic: Sent by reduce-scatters and reduce legs.
+        return_traffic: Sent by gather legs between replicas, which have a thread of their own.
+        weight_traffic: Sent by gathers of weights, likewise.
 
     Ranks: all of the parent.
     """
 
     scatterer: Scatterer | None = None
+    gatherer: ShardReducer | None = None
     replica_group: dist.ProcessGroup | None = None
     averager: Averager | None = None
 
@@ -183,9 +188,10 @@ class ShardWiring:
     ) -> None:
         maker = GroupMaker(shards, device)
         self.ranks = dist.get_process_group_ranks(shards)
-        self.group, *self.weight_groups = maker.make_lanes(self.ranks, 1 + WEIGHT_LANES)
-        self._groups = [self.group, *self.weight_groups]
-        self.gatherers: list[ShardReducer] = []
+        self.reduce_traffic, self.return_traffic = Traffic(), Traffic()
+        self.weight_traffic = Traffic()
+        self.group, self.gather_group = maker.make_lanes(self.ranks, 2)
+        self._groups = [self.group, self.gather_group]
         codec = codecs.codec
         assert isinstance(codec, BlockwiseCodec)
         weights = codecs.weights
@@ -193,10 +199,8 @@ class ShardWiring:
             weights = weights.differences
         if not isinstance(weights, ExactCodec):
             assert isinstance(weights, BlockwiseCodec)
-            self.gatherers = [
-                ShardReducer(Reducer(weights, weights, group, group))
-                for group in self.weight_groups
-            ]
+            group = self.gather_group
+            self.gatherer = ShardReducer(Reducer(weights, weights, group, group))
         if replicas is not None:
             others = GroupMaker(replicas, device).make(dist.get_process_group_ranks(replicas))
             self._groups += [others.reduce, others.gather]
