@@ -82,7 +82,8 @@ def attach(
 
     Cost: memory of 1.02 bytes a parameter for the residual, 0.52 with ``residual=4``, sharded or
     not (with a hierarchy, divided by the ranks of a node; with HSDP, by those of a shard group),
-    and less than two buckets or units for payloads.
+    and less than two buckets or units for payloads. On a CPU the gradients of up to five FSDP2
+    units are alive at a time, on their way beside backward.
 
     GradScaler: an overflow shows on every rank, which so skip the step together (with FSDP1 only
     under torch's ShardedGradScaler); residuals of the blocks that were not finite stay as they

@@ -43,7 +43,7 @@ from commrt.hooks.units import Unit, UnitLayout
 from commrt.hooks.wiring import LANES, Codecs, Nodes, ShardWiring, place
 from commrt.ops import FLOAT_DTYPES
 
-MAX_PENDING = 2
+MAX_PENDING = 4
 """Units whose gradients may be on their way while backward goes on."""
 
 
