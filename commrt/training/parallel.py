@@ -130,3 +130,5 @@ def load_state_dicts(
         optim_state_dict=states["optimizer"],
         options=full.StateDictOptions(full_state_dict=True),
     )
+    for group in optimizer.param_groups:
+        group["betas"] = tuple(group["betas"])  # torch makes them a list
