@@ -48,8 +48,7 @@ class TwoLevelReducer:
         received = self.intra.exchange(send, sections, inside)
         with timed(inside, "codec_s"):
             shares = self._node_mean(received, sections, items)
-        inside.node_bytes = inside.reduce_bytes + inside.exact_bytes
-        inside.reduce_bytes = inside.exact_bytes = 0
+        inside.keep_inside()
         traffic.add(inside)
         return self.inter.reduce_leg(shares, traffic)
 

@@ -95,8 +95,7 @@ class TwoLevelScatterer:
             for item in items
         ]
         means = self.intra.reduce_scatter(whole, inside)
-        inside.node_bytes = inside.reduce_bytes + inside.exact_bytes
-        inside.reduce_bytes = inside.exact_bytes = 0
+        inside.keep_inside()
         traffic.add(inside)
         local_rank = self.intra.reducer.rank
         mine = [item for item in items if self.places[item.owner][1] == local_rank]

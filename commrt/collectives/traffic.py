@@ -31,6 +31,11 @@ class Traffic:
         """All bytes sent, but for those that stay inside a node."""
         return self.reduce_bytes + self.gather_bytes + self.weight_bytes + self.exact_bytes
 
+    def keep_inside(self) -> None:
+        """Count all of it as sent inside a node."""
+        self.node_bytes += self.wire_bytes
+        self.reduce_bytes = self.gather_bytes = self.weight_bytes = self.exact_bytes = 0
+
     def add(self, other: "Traffic") -> None:
         """Add another count to this one."""
         for field in dataclasses.fields(self):

@@ -62,7 +62,7 @@ class Gathers:
             if has_before:
                 self._add_differences(unit, gatherer, output, input, traffic)
         if unit.replicas is not None:
-            traffic.node_bytes, traffic.weight_bytes = traffic.weight_bytes, 0
+            traffic.keep_inside()
         wiring.weight_traffic.add(traffic)
         return output
 

@@ -105,8 +105,7 @@ class Reductions:
         else:
             items = self._items(unit, layout.of_buffer(input), step, {})
             means = scatterer.reduce_scatter(items, traffic) if items else []
-            traffic.node_bytes = traffic.reduce_bytes + traffic.exact_bytes
-            traffic.reduce_bytes = traffic.exact_bytes = 0
+            traffic.keep_inside()
         with timed(traffic, "codec_s"):
             if sum(mean.numel() for mean in means) < output.numel():
                 output.zero_()  # the padding
