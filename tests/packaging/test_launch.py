@@ -72,16 +72,13 @@ def finish(run: "subprocess.Popen[str]") -> str:
     return output
 
 
-@pytest.mark.parametrize(
-    ("script", "parallel"), [("ddp.sh", "ddp"), ("fsdp.sh", "fsdp2"), ("fsdp.sh", "fsdp1")]
-)
+@pytest.mark.parametrize(("script", "parallel"), [("ddp.sh", "ddp"), ("fsdp.sh", "fsdp2")])
 def test_training_on_two_nodes(script: str, parallel: str, tmp_path: Path) -> None:
     text = tmp_path / "text.py"
     text.write_bytes(Path(subprocess.__file__).read_bytes()[:40_000])
     out = tmp_path / "run"
     sizes = "--steps 2 --batch-size 1 --seq-len 16 --eval-windows 1 --checkpoint-every 0"
-    chosen = "--parallel fsdp1" if parallel == "fsdp1" else ""
-    command = f"launch/{script} {chosen} {sizes} --data {text} --out {out}".split()
+    command = f"launch/{script} {sizes} --data {text} --out {out}".split()
     nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     runs = [start(*command, NODE_RANK=str(rank), **nodes) for rank in range(2)]
     for run in runs:
