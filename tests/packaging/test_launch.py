@@ -4,9 +4,11 @@ Slurm itself is not here: srun and scontrol are stand-ins that run what they are
 that the script's own text is executed, but not that Slurm takes its #SBATCH options.
 """
 
+import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -56,7 +58,8 @@ def environment(**variables: str) -> dict[str, str]:
     """With this Python first on the path."""
     kept = {name: value for name, value in os.environ.items() if name not in CLEARED}
     path = f"{Path(sys.executable).parent}:{kept['PATH']}"
-    return {**kept, "PATH": path, "IFNAME": "lo", "MASTER_PORT": free_port(), **variables}
+    own = {"PATH": path, "IFNAME": "lo", "MASTER_PORT": free_port(), "PYTHONFAULTHANDLER": "1"}
+    return {**kept, **own, **variables}
 
 
 def start(*command: str, **variables: str) -> "subprocess.Popen[str]":
@@ -66,10 +69,29 @@ def start(*command: str, **variables: str) -> "subprocess.Popen[str]":
     )  # fmt: skip
 
 
-def finish(run: "subprocess.Popen[str]") -> str:
-    output, errors = run.communicate(timeout=TIMEOUT_S)
-    assert run.returncode == 0, errors
-    return output
+def finish(*runs: "subprocess.Popen[str]") -> list[str]:
+    """What each printed; of runs that do not end, the stacks of all their processes."""
+    outputs = []
+    try:
+        for run in runs:
+            outputs.append(run.communicate(timeout=TIMEOUT_S))
+    except subprocess.TimeoutExpired:
+        for pid in [pid for run in runs for pid in family(run.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGABRT)
+        pytest.fail("\n".join(text for run in runs for text in run.communicate()))
+    for run, (_, errors) in zip(runs, outputs, strict=True):
+        assert run.returncode == 0, errors
+    return [output for output, _ in outputs]
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that descend from it, those first: their parent would end them."""
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except FileNotFoundError:
+        children = []
+    return [*(found for child in children for found in family(int(child))), pid]
 
 
 @pytest.mark.parametrize(("script", "parallel"), [("ddp.sh", "ddp"), ("fsdp.sh", "fsdp2")])
@@ -81,8 +103,7 @@ def test_training_on_two_nodes(script: str, parallel: str, tmp_path: Path) -> No
     command = f"launch/{script} {sizes} --data {text} --out {out}".split()
     nodes = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     runs = [start(*command, NODE_RANK=str(rank), **nodes) for rank in range(2)]
-    for run in runs:
-        finish(run)
+    finish(*runs)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["world_size"], summary["parallel"]) == (2, parallel)
 
@@ -91,7 +112,7 @@ def test_ddp_runs_any_script(tmp_path: Path) -> None:
     script = tmp_path / "sum.py"
     script.write_text(SUM)
     run = start("launch/ddp.sh", "--", str(script), "two words", NPROC_PER_NODE="2")
-    lines = sorted(finish(run).splitlines())
+    lines = sorted(finish(run)[0].splitlines())
     assert lines == [f"rank {rank} of 2: 3 ['2', 'lo', 'two words']" for rank in range(2)]
 
 
@@ -138,7 +159,8 @@ def test_slurm_starts_ddp_on_every_node(tmp_path: Path) -> None:
     # Slurm runs a copy of the script from a folder of its own.
     copy = tmp_path / "slurm_script"
     copy.write_text((ROOT / "launch/slurm.sbatch").read_text())
-    lines = sorted(finish(start("bash", str(copy), "--", str(script), **job)).splitlines())
+    [output] = finish(start("bash", str(copy), "--", str(script), **job))
+    lines = sorted(output.splitlines())
     assert lines == [f"rank {rank} of 2: 3 ['1', 'lo']" for rank in range(2)]
 
 
