@@ -1,7 +1,11 @@
 // Addresses and sizes in, nothing out: commrt/ops/native.py checks the tensors and calls these.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
+
+#include <iterator>
+#include <stdexcept>
 
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
@@ -40,6 +44,71 @@ struct PayloadArg {
   }
 };
 
+// Addresses of a step's tensor; see commrt/ops/native.py.
+struct StepTensorArg : StepTensor {
+  StepTensorArg(Address grad, int grad_dtype, Address weights, int weight_dtype, Address extra,
+                int weight_format, Index rows, Index cols,
+                const std::vector<std::pair<Address, Address>>& moments, int storage,
+                bool stochastic, std::uint64_t seed, std::uint64_t first_index,
+                std::uint64_t index_stride, Address second, int second_from, Index block_rows)
+      : StepTensor{reinterpret_cast<const void*>(grad),
+                   static_cast<DType>(grad_dtype),
+                   reinterpret_cast<void*>(weights),
+                   static_cast<DType>(weight_dtype),
+                   reinterpret_cast<void*>(extra),
+                   static_cast<WeightFormat>(weight_format),
+                   rows,
+                   cols,
+                   {},
+                   static_cast<Storage>(storage),
+                   stochastic,
+                   seed,
+                   first_index,
+                   index_stride,
+                   reinterpret_cast<float*>(second),
+                   static_cast<Second>(second_from),
+                   block_rows} {
+    for (std::size_t k = 0; k < moments.size() && k < kMaxMoments; ++k) {
+      const auto& [values, scales] = moments[k];
+      this->moments[k] = {reinterpret_cast<void*>(values), reinterpret_cast<float*>(scales)};
+    }
+  }
+};
+
+struct SquaresTensorArg : SquaresTensor {
+  SquaresTensorArg(Address grad, int dtype, Index rows, Index cols, Address sums, bool by_column)
+      : SquaresTensor{reinterpret_cast<const void*>(grad),
+                      static_cast<DType>(dtype),
+                      rows,
+                      cols,
+                      reinterpret_cast<double*>(sums),
+                      by_column} {}
+};
+
+struct StepOptionsArg : StepOptions {
+  StepOptionsArg(const std::vector<double>& values, Address grad_factor) : StepOptions{} {
+    float* const fields[] = {&beta1,           &beta2,     &beta3,           &eps,
+                             &decay,           &step_size, &difference_size, &has_before,
+                             &root_correction, &grad_scale};
+    if (values.size() != std::size(fields)) throw std::invalid_argument("options of a step");
+    for (std::size_t i = 0; i < values.size(); ++i) *fields[i] = static_cast<float>(values[i]);
+    this->grad_factor = reinterpret_cast<const float*>(grad_factor);
+  }
+};
+
+Index units_of(const StepTensor& tensor, bool has_rows) {
+  const Index rows_each = rows_per_unit(tensor.cols, tensor.block_rows);
+  if (has_rows) return (tensor.rows + rows_each - 1) / rows_each;
+  constexpr Index kSegments = kUnitElements / kSegment;
+  return (tensor.rows * segments_per_row(tensor) + kSegments - 1) / kSegments;
+}
+
+Index units_of(const SquaresTensor& tensor) {
+  const Index rows_each = rows_per_unit(tensor.cols, 1);
+  return tensor.by_column ? (tensor.cols + kSegment - 1) / kSegment
+                          : (tensor.rows + rows_each - 1) / rows_each;
+}
+
 // Where an op runs: on threads of the CPU, or queued on a GPU's stream.
 struct Threads {
   int count;
@@ -63,7 +132,38 @@ struct Threads {
     spread(active_kernels().rescale, args, num_blocks, 1);
   }
 
+  // One list of work over all tensors, so that threads meet once and not once a tensor.
+  template <typename List>
+  void run_list(void (*kernel)(const List&, Index, Index), List list,
+                const std::vector<Index>& first_unit) const {
+    list.first_unit = first_unit.data();
+    parallel_for(first_unit.back(), 1, count,
+                 [&](Index begin, Index end) { kernel(list, begin, end); });
+  }
+  void adam_mini(const StepList& list) const {
+    run_list(active_kernels().adam_mini, list,
+             first_units(list, [](const auto& tensor) { return units_of(tensor, true); }));
+  }
+  void adamw(const StepList& list) const { run_segments(active_kernels().adamw, list); }
+  void lion(const StepList& list) const { run_segments(active_kernels().lion, list); }
+  void adan(const StepList& list) const { run_segments(active_kernels().adan, list); }
+  void square_sums(const SquaresList& list) const {
+    run_list(active_kernels().square_sums, list,
+             first_units(list, [](const auto& tensor) { return units_of(tensor); }));
+  }
+
  private:
+  template <typename List, typename Units>
+  static std::vector<Index> first_units(const List& list, Units units) {
+    std::vector<Index> first = {0};
+    for (int i = 0; i < list.count; ++i) first.push_back(first.back() + units(list.tensors[i]));
+    return first;
+  }
+  void run_segments(void (*kernel)(const StepList&, Index, Index), const StepList& list) const {
+    run_list(kernel, list,
+             first_units(list, [](const auto& tensor) { return units_of(tensor, false); }));
+  }
+
   template <typename Args>
   void spread(void (*kernel)(const Args&, Index, Index), const Args& args, Index num_blocks,
               int elements_each) const {
@@ -92,6 +192,11 @@ struct Queue : cuda::Queue {
   void run(const RescaleArgs& args, Index num_blocks) const {
     cuda::rescale(args, num_blocks, *this);
   }
+  void adam_mini(const StepList& list) const { cuda::adam_mini(list, *this); }
+  void adamw(const StepList& list) const { cuda::adamw(list, *this); }
+  void lion(const StepList& list) const { cuda::lion(list, *this); }
+  void adan(const StepList& list) const { cuda::adan(list, *this); }
+  void square_sums(const SquaresList& list) const { cuda::square_sums(list, *this); }
 };
 #endif
 
@@ -146,6 +251,20 @@ void rescale(PayloadArg payload, Address ratio, BlockFormat format, Where where)
   where.run(args, payload.total_blocks);
 }
 
+template <typename Where, void (Where::*op)(const StepList&) const>
+void step(const std::vector<StepTensorArg>& given, StepOptionsArg options, Where where) {
+  const nb::gil_scoped_release release;
+  const std::vector<StepTensor> tensors(given.begin(), given.end());
+  (where.*op)({tensors.data(), nullptr, static_cast<int>(tensors.size()), options});
+}
+
+template <typename Where>
+void square_sums(const std::vector<SquaresTensorArg>& given, Where where) {
+  const nb::gil_scoped_release release;
+  const std::vector<SquaresTensor> tensors(given.begin(), given.end());
+  where.square_sums({tensors.data(), nullptr, static_cast<int>(tensors.size())});
+}
+
 template <typename Where>
 void define_ops(nb::module_& m) {
   m.def("block_encode", &block_encode<Where>);
@@ -154,6 +273,11 @@ void define_ops(nb::module_& m) {
   m.def("decode_average", &decode_average<Where>);
   m.def("decode_average_encode", &decode_average_encode<Where>);
   m.def("rescale", &rescale<Where>);
+  m.def("adam_mini", &step<Where, &Where::adam_mini>);
+  m.def("adamw", &step<Where, &Where::adamw>);
+  m.def("lion", &step<Where, &Where::lion>);
+  m.def("adan", &step<Where, &Where::adan>);
+  m.def("square_sums", &square_sums<Where>);
 }
 
 void copy_stream(Address from, Address to, Index numel) {
@@ -172,6 +296,14 @@ NB_MODULE(_C, m) {
   nb::class_<PayloadArg>(m, "Payload").def(nb::init<Address, Index, Index>());
   nb::class_<BlockFormat>(m, "BlockFormat").def(nb::init<int, int, bool>());
   nb::class_<Rounding>(m, "Rounding").def(nb::init<bool, std::uint64_t>());
+
+  nb::class_<StepTensorArg>(m, "StepTensor")
+      .def(nb::init<Address, int, Address, int, Address, int, Index, Index,
+                    const std::vector<std::pair<Address, Address>>&, int, bool, std::uint64_t,
+                    std::uint64_t, std::uint64_t, Address, int, Index>());
+  nb::class_<SquaresTensorArg>(m, "SquaresTensor")
+      .def(nb::init<Address, int, Index, Index, Address, bool>());
+  nb::class_<StepOptionsArg>(m, "StepOptions").def(nb::init<const std::vector<double>&, Address>());
 
   nb::class_<Threads>(m, "Threads").def(nb::init<int>());
   define_ops<Threads>(m);

@@ -28,7 +28,7 @@ from commrt.hooks.base import BaseComm
 from commrt.hooks.legs import Entry, Legs, split_runs
 from commrt.hooks.residuals import Shard
 from commrt.hooks.wiring import Codecs, Wiring, place
-from commrt.ops import FLOAT_DTYPES
+from commrt.ops.format import FLOAT_DTYPES
 
 SPARSE = "sparse gradient, its bytes not counted"
 

@@ -15,7 +15,7 @@ from commrt.hooks.registry import Registry
 from commrt.hooks.residuals import Shard
 from commrt.hooks.units import Part, Unit
 from commrt.hooks.wiring import ShardWiring
-from commrt.ops import FLOAT_DTYPES
+from commrt.ops.format import FLOAT_DTYPES
 
 
 class Gathers:

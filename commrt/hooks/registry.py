@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from commrt.codecs import Codec, ExactCodec, LowRankCodec, derive_seed
-from commrt.ops import FLOAT_DTYPES
+from commrt.ops.format import FLOAT_DTYPES
 
 
 class Registry:

@@ -41,7 +41,7 @@ from commrt.hooks.residuals import Shard, Unmatched
 from commrt.hooks.state import State
 from commrt.hooks.units import Unit, UnitLayout
 from commrt.hooks.wiring import LANES, Codecs, Nodes, ShardWiring, place
-from commrt.ops import FLOAT_DTYPES
+from commrt.ops.format import FLOAT_DTYPES
 
 MAX_PENDING = 4
 """Units whose gradients may be on their way while backward goes on."""

@@ -1,4 +1,7 @@
-"""Tensors in, tensors out: gradients to payloads and back, the same bits on every device.
+"""Tensors in, tensors out, with the same bits on every device.
+
+Gradients to payloads and back, in this file, and the steps of optimizers, which work on lists of
+:class:`StepTensor`, in :mod:`commrt.ops.steps`.
 
 Ops write into tensors the caller allocated, never allocate or synchronise, and work on windows of
 whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tensor lie at blocks
@@ -15,21 +18,30 @@ from torch import Tensor
 
 from commrt.errors import ConfigError
 from commrt.ops.arrays import takes_arrays
-from commrt.ops.format import MAX_BETA, BlockFormat
+from commrt.ops.format import FLOAT_DTYPES, MAX_BETA, BlockFormat
+from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor
 from commrt.ops.native import status
+from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, square_sums
 
 __all__ = [
+    "SEGMENT",
     "BlockFormat",
+    "Second",
+    "StepOptions",
+    "StepTensor",
+    "adam_mini_",
+    "adamw_",
+    "adan_",
     "block_decode",
     "block_encode",
     "decode_average",
     "decode_average_encode",
+    "lion_",
     "loco_encode",
     "rescale_",
+    "square_sums",
     "status",
 ]
-
-FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @takes_arrays("payload")

@@ -15,8 +15,11 @@ with an element that is not finite has a NaN scale, so that all of it decodes to
 
 import dataclasses
 
+import torch
+
 from commrt.errors import ConfigError
 
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BITS = (1, 2, 4, 8)
 BLOCKS = (32, 64, 128, 256, 512, 1024)
 LEVELS = ("absmax", "mean")

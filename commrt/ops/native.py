@@ -20,6 +20,7 @@ from torch import Tensor
 from commrt.errors import ConfigError
 from commrt.ops import reference
 from commrt.ops.format import SCALE_BYTES
+from commrt.ops.lists import StepTensor, unflatten
 
 MIN_CAPABILITY = (8, 0)
 _DTYPE_CODE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -37,6 +38,13 @@ _SCHEMAS = (
     "decode_average_encode(Tensor payloads, Tensor(a!) output, int bits, int block, "
     "int output_bits, bool output_mean_levels, int num_blocks) -> ()",
     "rescale_(Tensor(a!) payload, Tensor ratio, int bits, int block) -> ()",
+    *(
+        f"{step}(Tensor(a!)[] weights, Tensor(b!)[] extras, Tensor[] grads, Tensor(c!)[] moments, "
+        "Tensor(d!)[] scales, Tensor(e!)[] seconds, int[] places, float[] options, "
+        "Tensor? grad_factor) -> ()"
+        for step in ("adam_mini_", "adamw_", "adan_", "lion_")
+    ),
+    "square_sums(Tensor[] grads, Tensor(a!)[] sums, int[] places) -> ()",
 )
 
 
@@ -233,7 +241,31 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
             where(data),
         )
 
-    kernels = (
+    def square_sums(grads: list[Tensor], sums: list[Tensor], places: list[int]) -> None:
+        tensors = [
+            native.SquaresTensor(
+                grad.data_ptr(), _DTYPE_CODE[grad.dtype], *places[3 * i : 3 * i + 2],
+                output.data_ptr(), bool(places[3 * i + 2]),
+            )
+            for i, (grad, output) in enumerate(zip(grads, sums, strict=True))
+        ]  # fmt: skip
+        native.square_sums(tensors, where(grads[0]))
+
+    def step(name: str) -> Callable[..., None]:
+        kernel = getattr(native, name.rstrip("_"))
+
+        def run(weights: list[Tensor], *lists: Any) -> None:
+            *rest, options, grad_factor = lists
+            address = 0 if grad_factor is None else grad_factor.data_ptr()
+            tensors = [native.StepTensor(*step_fields(t)) for t in unflatten(weights, *rest)]
+            kernel(tensors, native.StepOptions(options, address), where(weights[0]))
+
+        run.__name__ = name
+        return run
+
+    kernels: tuple[Callable[..., None], ...] = (
+        *map(step, ("adam_mini_", "adamw_", "adan_", "lion_")),
+        square_sums,
         block_encode,
         block_decode,
         loco_encode,
@@ -247,13 +279,46 @@ def _register_native(library: torch.library.Library, native: ModuleType) -> None
             library.impl(kernel.__name__, _on_gpu(kernel), "CUDA")
 
 
+def step_fields(t: StepTensor) -> tuple[Any, ...]:
+    """As csrc/bindings.cpp takes them."""
+    first = t.moments[0].dtype
+    weight_format = (
+        0 if t.weights.dtype == torch.float32
+        else 3 if t.extra is None
+        else 1 if t.extra.dtype == torch.float32 else 2
+    )  # fmt: skip
+    return (
+        t.grad.data_ptr(),
+        _DTYPE_CODE[t.grad.dtype],
+        t.weights.data_ptr(),
+        _DTYPE_CODE[t.weights.dtype],
+        0 if t.extra is None else t.extra.data_ptr(),
+        weight_format,
+        t.rows,
+        t.cols,
+        [
+            (moment.data_ptr(), scale.data_ptr())
+            for moment, scale in zip(t.moments, t.scales, strict=True)
+        ],
+        {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}[first],
+        t.stochastic,
+        t.seed,
+        t.first_index,
+        t.index_stride,
+        0 if t.second is None else t.second.data_ptr(),
+        int(t.second_from),
+        t.block_rows,
+    )
+
+
 def _on_gpu(kernel: Callable[..., None]) -> Callable[..., None]:
     """With the tensors' device as the current one, or by the reference if it is not served."""
     fallback = getattr(reference, kernel.__name__)
 
-    def call(first: Tensor, *others: Any) -> None:
-        serve = fallback if why_no_cuda(first.get_device()) else kernel
-        with torch.cuda.device(first.device):
+    def call(first: Tensor | list[Tensor], *others: Any) -> None:
+        tensor = first[0] if isinstance(first, list) else first
+        serve = fallback if why_no_cuda(tensor.get_device()) else kernel
+        with torch.cuda.device(tensor.device):
             serve(first, *others)
 
     return call

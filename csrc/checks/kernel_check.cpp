@@ -4,17 +4,9 @@
 // size they need and lie at addresses as misaligned as the ops allow.
 //
 //   kernel_check [OP ...]      all ops, or these; prints the number of cases of each
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <random>
-#include <string>
-#include <vector>
-
 #include "../cuda/ops.h"
 #include "../math/scale.h"
+#include "check.h"
 
 namespace commrt::portable {
 void block_encode(const BlockEncodeArgs&, std::int64_t, std::int64_t);
@@ -36,42 +28,11 @@ struct Kind {
 constexpr Kind kKinds[] = {{1, true}, {2, false}, {2, true}, {4, false}, {8, false}};
 constexpr int kBlocks[] = {32, 64, 128, 256, 512, 1024};
 constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-constexpr std::uint64_t kFirstIndex = (1ULL << 40) + 4096;  // past the low word of a counter
-constexpr std::uint64_t kSeed = 0x123456789abcdefULL;
 
 std::int64_t blocks_of(std::int64_t numel, int block) { return (numel + block - 1) / block; }
 std::int64_t payload_bytes(std::int64_t num_blocks, int bits, int block) {
   return num_blocks * (code_bytes(bits, block) + 2);
 }
-
-// Heap memory of an exact size, `shift` bytes behind an aligned address, beside a copy that is aligned.
-class Buffer {
- public:
-  Buffer(std::int64_t num_bytes, int shift)
-      : bytes_(static_cast<std::size_t>(num_bytes)),
-        shift_(static_cast<std::size_t>(shift)),
-        memory_(std::malloc(bytes_ + shift_)),
-        copy_(bytes_ + 1) {
-    std::memset(gpu(), 0xA5, bytes_);
-    std::memset(copy_.data(), 0xA5, copy_.size());
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  ~Buffer() { std::free(memory_); }
-
-  std::uint8_t* gpu() { return static_cast<std::uint8_t*>(memory_) + shift_; }
-  std::uint8_t* cpu() { return copy_.data(); }
-  void set(const void* from) {
-    std::memcpy(gpu(), from, bytes_);
-    std::memcpy(cpu(), from, bytes_);
-  }
-  bool is_same() { return std::memcmp(gpu(), cpu(), bytes_) == 0; }
-
- private:
-  std::size_t bytes_, shift_;
-  void* memory_;
-  std::vector<std::uint8_t> copy_;
-};
 
 // Numbers of every size, and now and then a block of zeros or one that is not finite.
 std::vector<std::uint8_t> random_elements(std::int64_t numel, int block, DType dtype,
@@ -113,27 +74,6 @@ PayloadSlice slice(std::uint8_t* payload, std::int64_t num_blocks, int bits, int
   return {payload,
           reinterpret_cast<std::uint16_t*>(payload + num_blocks * code_bytes(bits, block))};
 }
-
-class Checks {
- public:
-  // One case: both kernels have run, and every buffer must be the same.
-  void expect(const std::string& name, const std::vector<Buffer*>& buffers) {
-    ++cases_;
-    for (std::size_t i = 0; i < buffers.size(); ++i) {
-      if (buffers[i]->is_same()) continue;
-      std::printf("DIFFERENT: %s, buffer %zu\n", name.c_str(), i);
-      ++failures_;
-    }
-  }
-  void report(const char* op) {
-    std::printf("%s: %d cases\n", op, cases_);
-    cases_ = 0;
-  }
-  int failures() const { return failures_; }
-
- private:
-  int cases_ = 0, failures_ = 0;
-};
 
 std::string describe(const char* op, int bits, bool mean, int block, std::int64_t numel, int more) {
   return std::string(op) + " bits " + std::to_string(bits) + (mean ? " mean" : "") + " block " +
@@ -327,6 +267,11 @@ constexpr Op kOps[] = {
     {"decode_average", check_decode_average},
     {"decode_average_encode", check_decode_average_encode},
     {"rescale", check_rescale},
+    {"adam_mini", check_adam_mini},
+    {"adamw", check_adamw},
+    {"adan", check_adan},
+    {"lion", check_lion},
+    {"square_sums", check_square_sums},
 };
 
 }  // namespace

@@ -4,19 +4,25 @@
 
 namespace commrt {
 
-#define COMMRT_DECLARE_KERNELS(isa)                                                       \
-  namespace isa {                                                                         \
-  void block_encode(const BlockEncodeArgs&, std::int64_t, std::int64_t);                  \
-  void block_decode(const BlockDecodeArgs&, std::int64_t, std::int64_t);                  \
-  void loco_encode(const LocoEncodeArgs&, std::int64_t, std::int64_t);                    \
-  void decode_average(const DecodeAverageArgs&, std::int64_t, std::int64_t);              \
-  void decode_average_encode(const DecodeAverageEncodeArgs&, std::int64_t, std::int64_t); \
-  void rescale(const RescaleArgs&, std::int64_t, std::int64_t);                           \
-  void copy_stream(const float*, float*, std::int64_t);                                   \
-  float read(const float*, std::int64_t);                                                 \
-  const Kernels kernels = {#isa,        block_encode,   block_decode,                     \
-                           loco_encode, decode_average, decode_average_encode,            \
-                           rescale,     copy_stream,    read};                            \
+#define COMMRT_DECLARE_KERNELS(isa)                                                                \
+  namespace isa {                                                                                  \
+  void block_encode(const BlockEncodeArgs&, std::int64_t, std::int64_t);                           \
+  void block_decode(const BlockDecodeArgs&, std::int64_t, std::int64_t);                           \
+  void loco_encode(const LocoEncodeArgs&, std::int64_t, std::int64_t);                             \
+  void decode_average(const DecodeAverageArgs&, std::int64_t, std::int64_t);                       \
+  void decode_average_encode(const DecodeAverageEncodeArgs&, std::int64_t, std::int64_t);          \
+  void rescale(const RescaleArgs&, std::int64_t, std::int64_t);                                    \
+  void adam_mini(const StepList&, std::int64_t, std::int64_t);                                     \
+  void adamw(const StepList&, std::int64_t, std::int64_t);                                         \
+  void lion(const StepList&, std::int64_t, std::int64_t);                                          \
+  void adan(const StepList&, std::int64_t, std::int64_t);                                          \
+  void square_sums(const SquaresList&, std::int64_t, std::int64_t);                                \
+  void copy_stream(const float*, float*, std::int64_t);                                            \
+  float read(const float*, std::int64_t);                                                          \
+  const Kernels kernels = {                                                                        \
+      #isa,        block_encode, block_decode, loco_encode, decode_average, decode_average_encode, \
+      rescale,     adam_mini,    adamw,        lion,        adan,           square_sums,           \
+      copy_stream, read};                                                                          \
   }
 
 COMMRT_DECLARE_KERNELS(portable)

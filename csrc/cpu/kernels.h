@@ -1,7 +1,8 @@
-// The ops for one instruction set; each works on blocks [begin, end).
+// The ops for one instruction set; each works on blocks, or units of a list, [begin, end).
 #pragma once
 
 #include "../ops.h"
+#include "../step.h"
 
 namespace commrt {
 
@@ -14,6 +15,11 @@ struct Kernels {
   void (*decode_average_encode)(const DecodeAverageEncodeArgs&, std::int64_t begin,
                                 std::int64_t end);
   void (*rescale)(const RescaleArgs&, std::int64_t begin, std::int64_t end);
+  void (*adam_mini)(const StepList&, std::int64_t begin, std::int64_t end);
+  void (*adamw)(const StepList&, std::int64_t begin, std::int64_t end);
+  void (*lion)(const StepList&, std::int64_t begin, std::int64_t end);
+  void (*adan)(const StepList&, std::int64_t begin, std::int64_t end);
+  void (*square_sums)(const SquaresList&, std::int64_t begin, std::int64_t end);
   void (*copy_stream)(const float* from, float* to, std::int64_t numel);
   float (*read)(const float* from, std::int64_t numel);
 };

@@ -4,6 +4,7 @@
 //   Vf            sixteen fp32 lanes         Vu             sixteen uint32 lanes
 //   load<DType>   store<DType>  stream<DType>   lanes from and to memory; stream() bypasses the caches
 //   exact_fma     a * b + c where a * b is exact, so fusing cannot change the result
+//   copy_sign     the sign of the second on the first, which has none
 //   sum_lanes     pairwise: lane i with lane i + 8, then + 4, + 2, + 1
 //   load_codes<bits>  store_codes<bits>   the codes of a group, 32 elements, as commrt/ops/format.py
 //                 lays them out; storing rounds to nearest even

@@ -29,6 +29,15 @@ COMMRT_INLINE Vf sub(Vf a, Vf b) {
 COMMRT_INLINE Vf mul(Vf a, Vf b) {
   return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
 }
+COMMRT_INLINE Vf div(Vf a, Vf b) {
+  return {_mm256_div_ps(a.low, b.low), _mm256_div_ps(a.high, b.high)};
+}
+COMMRT_INLINE Vf sqrt(Vf x) { return {_mm256_sqrt_ps(x.low), _mm256_sqrt_ps(x.high)}; }
+COMMRT_INLINE Vf copy_sign(Vf magnitude, Vf sign) {
+  const __m256 mask = _mm256_set1_ps(-0.0f);
+  return {_mm256_or_ps(magnitude.low, _mm256_and_ps(sign.low, mask)),
+          _mm256_or_ps(magnitude.high, _mm256_and_ps(sign.high, mask))};
+}
 COMMRT_INLINE Vf exact_fma(Vf a, Vf b, Vf c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }

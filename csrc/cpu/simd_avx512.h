@@ -19,6 +19,11 @@ COMMRT_INLINE Vf broadcast(float x) { return _mm512_set1_ps(x); }
 COMMRT_INLINE Vf add(Vf a, Vf b) { return _mm512_add_ps(a, b); }
 COMMRT_INLINE Vf sub(Vf a, Vf b) { return _mm512_sub_ps(a, b); }
 COMMRT_INLINE Vf mul(Vf a, Vf b) { return _mm512_mul_ps(a, b); }
+COMMRT_INLINE Vf div(Vf a, Vf b) { return _mm512_div_ps(a, b); }
+COMMRT_INLINE Vf sqrt(Vf x) { return _mm512_sqrt_ps(x); }
+COMMRT_INLINE Vf copy_sign(Vf magnitude, Vf sign) {
+  return _mm512_or_ps(magnitude, _mm512_and_ps(sign, broadcast(-0.0f)));
+}
 COMMRT_INLINE Vf exact_fma(Vf a, Vf b, Vf c) { return _mm512_fmadd_ps(a, b, c); }
 COMMRT_INLINE Vf exact_fnma(Vf a, Vf b, Vf c) { return _mm512_fnmadd_ps(a, b, c); }
 COMMRT_INLINE Vf clamp(Vf x, float limit) {

@@ -21,6 +21,25 @@ COMMRT_INLINE Vf broadcast(float x) { return x - Vf{}; }
 COMMRT_INLINE Vf add(Vf a, Vf b) { return a + b; }
 COMMRT_INLINE Vf sub(Vf a, Vf b) { return a - b; }
 COMMRT_INLINE Vf mul(Vf a, Vf b) { return a * b; }
+COMMRT_INLINE Vf div(Vf a, Vf b) { return a / b; }
+COMMRT_LANEWISE void sqrt_lanes(float* lane) {
+  COMMRT_EACH_LANE lane[i] = __builtin_sqrtf(lane[i]);
+}
+COMMRT_INLINE Vf sqrt(Vf x) {
+  float lane[16];
+  std::memcpy(lane, &x, sizeof lane);
+  sqrt_lanes(lane);
+  std::memcpy(&x, lane, sizeof lane);
+  return x;
+}
+COMMRT_INLINE Vf copy_sign(Vf magnitude, Vf sign) {
+  Vu bits, sign_bits;
+  std::memcpy(&bits, &magnitude, sizeof bits);
+  std::memcpy(&sign_bits, &sign, sizeof sign_bits);
+  bits |= sign_bits & 0x80000000u;
+  std::memcpy(&magnitude, &bits, sizeof bits);
+  return magnitude;
+}
 COMMRT_INLINE Vf exact_fma(Vf a, Vf b, Vf c) { return a * b + c; }
 COMMRT_INLINE Vf exact_fnma(Vf a, Vf b, Vf c) { return c - a * b; }
 COMMRT_INLINE Vf clamp(Vf x, float limit) {

@@ -33,6 +33,15 @@ __device__ __forceinline__ std::uint16_t narrow(float x) {
   return x == x ? __half_as_ushort(__float2half_rn(x)) : std::uint16_t{0x7e00};
 }
 
+__device__ __forceinline__ float load_one(const Window& window, std::int64_t element) {
+  const auto* halves = static_cast<const std::uint16_t*>(window.data) + element;
+  switch (window.dtype) {
+    case DType::kBFloat16: return widen<DType::kBFloat16>(*halves);
+    case DType::kFloat16: return widen<DType::kFloat16>(*halves);
+    default: return static_cast<const float*>(window.data)[element];
+  }
+}
+
 // -- eight elements -------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_floats(const float* from, int valid, float (&x)[kPerLane]) {

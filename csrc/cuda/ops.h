@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "../step.h"
 
 namespace commrt::cuda {
 
@@ -17,6 +18,12 @@ void decode_average(const DecodeAverageArgs& args, std::int64_t num_blocks, Queu
 void decode_average_encode(const DecodeAverageEncodeArgs& args, std::int64_t num_blocks,
                            Queue queue);
 void rescale(const RescaleArgs& args, std::int64_t num_blocks, Queue queue);
+
+void adam_mini(const StepList& list, Queue queue);
+void adamw(const StepList& list, Queue queue);
+void lion(const StepList& list, Queue queue);
+void adan(const StepList& list, Queue queue);
+void square_sums(const SquaresList& list, Queue queue);
 
 // Devices there are; 0 without a driver, and through the shim.
 int device_count();

@@ -30,16 +30,19 @@ CXX_FLAGS = (
 CPU_FLAGS = ("-O2", "-DCOMMRT_ISA=portable", "-Wno-psabi")
 TIERS = {
     "plain": ("-O2",),
-    # Lines only: g++ takes three times as long to follow variables through these checks.
+    # Lines only: g++ takes up to three times as long to follow variables through these checks.
     "asan": ("-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "tsan": ("-O1", "-g", "-fsanitize=thread"),
+    "tsan": ("-O1", "-g1", "-fsanitize=thread"),
     "ucontext": ("-O1", "-DCOMMRT_SHIM_UCONTEXT"),
     "coverage": ("-O0", "--coverage"),
 }
 OPS = (
     *("block_decode", "block_encode", "decode_average", "decode_average_encode"),
     *("loco_encode", "rescale"),
+    *("adam_mini", "adamw", "adan", "lion", "square_sums"),
 )
+# Kernels have the names of ops; those of the steps share these two.
+SHARED_KERNELS = {"step": ("adamw", "adan", "lion"), "second": ("adam_mini",)}
 
 
 def check_program(tier: str) -> Path:
@@ -47,7 +50,8 @@ def check_program(tier: str) -> Path:
     folder = folder_of(tier)
     with built_once(folder) as is_built:
         if not is_built:
-            sources = [*cuda_sources(CSRC), *shim_sources(CSRC), CSRC / "checks/kernel_check.cpp"]
+            checks = [CSRC / f"checks/{name}_check.cpp" for name in ("kernel", "step")]
+            sources = [*cuda_sources(CSRC), *shim_sources(CSRC), *checks]
             objects = compile_all(sources, TIERS[tier], folder)
             link([*objects, *_cpu_objects()], TIERS[tier], folder / "kernel_check")
     return folder / "kernel_check"

@@ -16,7 +16,7 @@ from commrt import ops
 from commrt.ops import FLOAT_DTYPES, BlockFormat
 from commrt.ops.native import native
 from commrt.testing import run_ranks
-from tests.native import cases
+from tests.native import cases, steps
 
 pytestmark = pytest.mark.gpu
 
@@ -52,6 +52,25 @@ def every_op(flat: Tensor, fmt: BlockFormat) -> list[Tensor]:
     written = [payload, sent, residual.clone(), output, mean, returned]
     ops.rescale_(residual, torch.tensor(0.3, device=flat.device), back)
     return [*written, residual]
+
+
+@pytest.mark.parametrize("name", steps.SIGNED)
+@pytest.mark.parametrize(("weights", "grad", "moments"), steps.FORMATS, ids=str)
+def test_steps_give_the_bits_of_the_cpu(name, weights, grad, moments) -> None:
+    second = ops.Second.UPDATED if name == "adam_mini_" else None
+    formats = steps.Formats(*weights, grad, moments)
+    tensors = [
+        steps.make(64, cols, steps.SIGNED[name], formats, second=second, stochastic=True, seed=cols)
+        for cols in (1, 300, 4096)
+    ]
+    on_gpu = [steps.copy(tensor, "cuda") for tensor in tensors]
+    getattr(ops, name)(tensors, steps.OPTIONS)
+    getattr(ops, name)(on_gpu, steps.OPTIONS)
+    for expected, found in zip(tensors, on_gpu, strict=True):
+        for (_, wanted), (_, got) in zip(
+            steps.tensors_of(expected), steps.tensors_of(found), strict=True
+        ):
+            cases.assert_same_bits(got.cpu(), wanted)
 
 
 def trained(device_type: str) -> list[Tensor]:

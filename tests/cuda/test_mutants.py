@@ -12,6 +12,9 @@ import pytest
 from tests.cuda.building import CSRC, attempt, mutant_program
 
 DIFFERENT, RACE, OVERFLOW = "DIFFERENT", "data race", "heap-buffer-overflow"
+# Ops whose kernels are in a file of another name.
+STEPS = ("adam_mini", "adamw", "adan", "lion", "square_sums")
+SOURCES = {"block_decode": "decode", "decode_average": "decode", **dict.fromkeys(STEPS, "step")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,6 +166,38 @@ MUTANTS = {
         new="(tiles + kWarps - 1) / kWarps - (tiles > kWarps)",
         says=DIFFERENT,
     ),
+    "a scale replaced before all lanes have read it": Mutant(
+        tier="tsan",
+        op="lion",
+        file="step.cuh",
+        old="    __syncwarp();  // all lanes have read the former scale\n",
+        new="",
+        says=RACE,
+    ),
+    "the largest of half a segment": Mutant(
+        tier="plain",
+        op="lion",
+        file="step.cuh",
+        old="moment_scale(max_over(kWarp, most), format)",
+        new="moment_scale(max_over(kWarp / 2, most), format)",
+        says=DIFFERENT,
+    ),
+    "squares that are left out": Mutant(
+        tier="plain",
+        op="square_sums",
+        file="step.cuh",
+        old="x[i] += x[i + width];",
+        new="x[i] = x[i + width];",
+        says=DIFFERENT,
+    ),
+    "second moments of the first row only": Mutant(
+        tier="plain",
+        op="adam_mini",
+        file="step.cuh",
+        old="row < first + tensor.block_rows; row += kWarp",
+        new="row <= first; row += kWarp",
+        says=DIFFERENT,
+    ),
     "ranks are summed in the wrong order": Mutant(
         tier="plain",
         op="decode_average",
@@ -186,7 +221,7 @@ def test_a_tier_catches(name: str, tmp_path: Path) -> None:
     text = path.read_text()
     assert text.count(mutant.old) == 1
     path.write_text(text.replace(mutant.old, mutant.new))
-    source = "decode" if mutant.op in ("block_decode", "decode_average") else mutant.op
+    source = SOURCES.get(mutant.op, mutant.op)
     program = mutant_program(mutant.tier, csrc, [source], tmp_path / "built")
     found = attempt([program, mutant.op])
     assert found.returncode != 0

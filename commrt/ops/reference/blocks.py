@@ -1,7 +1,6 @@
-"""Every op in plain torch: slow, obvious, the specification.
+"""Blocks of elements to payloads and back.
 
-The native kernels give the same bits; ``tests/native`` holds them to it. Shapes: N elements,
-B blocks, K elements a block. All arithmetic is fp32, and each operation rounds where theirs does.
+Shapes: N elements, B blocks, K elements a block.
 """
 
 import torch

@@ -1,0 +1,35 @@
+"""Every op in plain torch: slow, obvious, the specification.
+
+The native kernels give the same bits; ``tests/native`` holds them to it. All arithmetic is fp32,
+but for sums of squares, and each operation rounds where theirs does.
+"""
+
+from commrt.ops.reference.blocks import (
+    STREAM_CODES,
+    STREAM_RESIDUAL,
+    block_decode,
+    block_encode,
+    decode_average,
+    decode_average_encode,
+    loco_encode,
+    philox,
+    rescale_,
+)
+from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, square_sums
+
+__all__ = [
+    "STREAM_CODES",
+    "STREAM_RESIDUAL",
+    "adam_mini_",
+    "adamw_",
+    "adan_",
+    "block_decode",
+    "block_encode",
+    "decode_average",
+    "decode_average_encode",
+    "lion_",
+    "loco_encode",
+    "philox",
+    "rescale_",
+    "square_sums",
+]
