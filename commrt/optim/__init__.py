@@ -1,0 +1,1 @@
+"""Optimizers with a fraction of Adam's state."""
