@@ -41,6 +41,7 @@ class Blocks:
         row_dims: See above.
         stack_dims: See above.
         why: What the parameter was taken for.
+        is_embedding: Whether rows are tokens, few of which have a gradient in each step.
     """
 
     shape: Shape
@@ -49,6 +50,7 @@ class Blocks:
     row_dims: int = 1
     stack_dims: int = 0
     why: str = ""
+    is_embedding: bool = False
 
     def __post_init__(self) -> None:
         period = sum(lines for lines, _ in self.runs)
@@ -192,7 +194,8 @@ def _of_module(
     if sum(size > 1 for size in shape) < 2:
         return by_element(shape, "vector")
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return by_row(shape, "embedding: a token")
+        why = "embedding: a token"
+        return Blocks(shape=shape, axis="row", why=why, is_embedding=True)
     if isinstance(module, nn.MultiheadAttention):
         return _multihead(module, name, shape)
     if isinstance(module, _ConvNd):
