@@ -38,14 +38,6 @@ MUTANTS = {
         new="  const auto column",
         says=RACE,
     ),
-    "no barrier before staging anew": Mutant(
-        tier="tsan",
-        op="block_encode",
-        file="tile.cuh",
-        old="  __syncwarp();  // after those who still read what was staged before\n",
-        new="",
-        says=RACE,
-    ),
     "no barrier before the residual's scale is replaced": Mutant(
         tier="tsan",
         op="loco_encode",
@@ -54,28 +46,12 @@ MUTANTS = {
         new="",
         says=RACE,
     ),
-    "two lanes stage at one place": Mutant(
-        tier="tsan",
-        op="block_encode",
-        file="tile.cuh",
-        old="own[place.element_of_block(row) + i] = x[row][i];",
-        new="own[place.element_of_block(row) / 2 + i] = x[row][i];",
-        says=RACE,
-    ),
     "every thread block has the same scales": Mutant(
         tier="tsan",
         op="rescale",
         file="rescale.cuh",
         old="std::int64_t{blockIdx.x} * threads + threadIdx.x",
         new="std::int64_t{threadIdx.x}",
-        says=RACE,
-    ),
-    "every lane writes the scale": Mutant(
-        tier="tsan",
-        op="block_encode",
-        file="tile.cuh",
-        old="return is_block && lane == 0;",
-        new="return is_block;",
         says=RACE,
     ),
     "a store one element too far": Mutant(
@@ -92,14 +68,6 @@ MUTANTS = {
         file="memory.cuh",
         old="x[i] = i < valid ? from[i] : 0.0f;",
         new="x[i] = i <= valid ? from[i] : 0.0f;",
-        says=OVERFLOW,
-    ),
-    "half the shared memory": Mutant(
-        tier="asan",
-        op="block_encode",
-        file="launch.cuh",
-        old="sizeof(float) * kWarps * kTile",
-        new="sizeof(float) * kWarps * kTile / 2",
         says=OVERFLOW,
     ),
     "blocks that do not exist are written": Mutant(

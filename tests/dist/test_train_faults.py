@@ -112,12 +112,10 @@ def torchrun(plan, options, out):
 KILLS = {
     "in a step": [
         ([1, 1, "forward"], None),
-        ([0, 3, "backward"], 2),
         ([1, 6, "optimizer"], 6),
         ([1, 10, "end"], 10),
     ],
     "in a checkpoint": [
-        ([0, 4, "write"], 2),
         ([1, 4, "write"], 2),
         ([0, 6, "rename"], 4),
         ([0, 6, "prune"], 6),
