@@ -86,6 +86,8 @@ class StepOptimizer(Optimizer):
         options = {**self.defaults, **param_group}
         check_options(options)
         super().add_param_group(param_group)
+        for parameter in self.param_groups[-1]["params"]:
+            self._places[parameter] = len(self._places)
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
@@ -188,8 +190,6 @@ class StepOptimizer(Optimizer):
 
     def _seed(self, parameter: nn.Parameter, step: int) -> int:
         """Of a parameter's random numbers in a step."""
-        if self._places.keys() != set(self._parameters()):
-            self._places = {other: place for place, other in enumerate(self._parameters())}
         place = self._places[parameter]
         return (self.seed << 32 ^ step * 0x9E3779B97F4A7C15 ^ place * 0xBF58476D1CE4E5B9) % (
             1 << 63

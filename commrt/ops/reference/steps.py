@@ -5,7 +5,8 @@ g is the gradient times ``grad_scale`` and ``grad_factor``, where a coefficient 
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,21 +23,11 @@ UNSIGNED_BIAS = 128
 Rule = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
 
-def adam_mini_(
-    weights: Sequence[Tensor],
-    extras: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    seconds: Sequence[Tensor],
-    places: Sequence[int],
-    options: Sequence[float],
-    grad_factor: Tensor | None,
-) -> None:
+def adam_mini_(*arguments: Any) -> None:
     """See :func:`commrt.ops.adam_mini_`."""
-    o, grad = _coefficients(options, grad_factor)
+    tensors, o, grad = _unpack(*arguments)
     keep, share = o.beta1, (1 - o.beta1) * grad
-    for t in unflatten(weights, extras, grads, moments, scales, seconds, places):
+    for t in tensors:
         assert t.second is not None
         if t.second_from == Second.UPDATED:
             _update_second(t, o.beta2, grad)
@@ -50,19 +41,9 @@ def adam_mini_(
         _step(t, rule, ("linear",))
 
 
-def adamw_(
-    weights: Sequence[Tensor],
-    extras: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    seconds: Sequence[Tensor],
-    places: Sequence[int],
-    options: Sequence[float],
-    grad_factor: Tensor | None,
-) -> None:
+def adamw_(*arguments: Any) -> None:
     """See :func:`commrt.ops.adamw_`."""
-    o, grad = _coefficients(options, grad_factor)
+    tensors, o, grad = _unpack(*arguments)
     share, share_square = (1 - o.beta1) * grad, (1 - o.beta2) * (grad * grad)
 
     def rule(g: Tensor, w: Tensor, m: list[Tensor]) -> Tensor:
@@ -71,23 +52,13 @@ def adamw_(
         root = _sqrt(m[1]) / o.root_correction + o.eps
         return o.decay * w - o.step_size * m[0] / root
 
-    for t in unflatten(weights, extras, grads, moments, scales, seconds, places):
+    for t in tensors:
         _step(t, rule, ("square", "fourth"))
 
 
-def lion_(
-    weights: Sequence[Tensor],
-    extras: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    seconds: Sequence[Tensor],
-    places: Sequence[int],
-    options: Sequence[float],
-    grad_factor: Tensor | None,
-) -> None:
+def lion_(*arguments: Any) -> None:
     """See :func:`commrt.ops.lion_`."""
-    o, grad = _coefficients(options, grad_factor)
+    tensors, o, grad = _unpack(*arguments)
     share, share_after = (1 - o.beta1) * grad, (1 - o.beta2) * grad
 
     def rule(g: Tensor, w: Tensor, m: list[Tensor]) -> Tensor:
@@ -96,23 +67,13 @@ def lion_(
         up, down = (torch.where(sign * mixed > 0, o.step_size, 0.0) for sign in (1, -1))
         return o.decay * w - (up - down)
 
-    for t in unflatten(weights, extras, grads, moments, scales, seconds, places):
+    for t in tensors:
         _step(t, rule, ("square",))
 
 
-def adan_(
-    weights: Sequence[Tensor],
-    extras: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    moments: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    seconds: Sequence[Tensor],
-    places: Sequence[int],
-    options: Sequence[float],
-    grad_factor: Tensor | None,
-) -> None:
+def adan_(*arguments: Any) -> None:
     """See :func:`commrt.ops.adan_`."""
-    o, grad = _coefficients(options, grad_factor)
+    tensors, o, grad = _unpack(*arguments)
 
     def rule(g: Tensor, w: Tensor, m: list[Tensor]) -> Tensor:
         g = grad * g
@@ -125,7 +86,7 @@ def adan_(
         root = _sqrt(m[2]) / o.root_correction + o.eps
         return o.decay * (w - (o.step_size * m[0] + o.difference_size * m[1]) / root)
 
-    for t in unflatten(weights, extras, grads, moments, scales, seconds, places):
+    for t in tensors:
         _step(t, rule, ("square", "square", "fourth", "square"))
 
 
@@ -165,12 +126,12 @@ class _Coefficients:
             setattr(self, field.name, torch.tensor(value, dtype=torch.float32))
 
 
-def _coefficients(
-    options: Sequence[float], grad_factor: Tensor | None
-) -> tuple[_Coefficients, Tensor]:
-    """The options, and what the gradient is multiplied by."""
+def _unpack(*arguments: Any) -> tuple[Iterator[StepTensor], _Coefficients, Tensor]:
+    """The tensors, the options, and what the gradient is multiplied by."""
+    *lists, options, grad_factor = arguments
     o = _Coefficients(options)
-    return o, o.grad_scale if grad_factor is None else o.grad_scale * grad_factor
+    grad = o.grad_scale if grad_factor is None else o.grad_scale * grad_factor
+    return unflatten(*lists), o, grad
 
 
 def _sqrt(x: Tensor) -> Tensor:
