@@ -93,7 +93,14 @@ class AdamMini(StepOptimizer):
         self._vectors = vectors
         self._blocks: dict[nn.Parameter, Blocks] = {}
         if isinstance(params, nn.Module):
-            self._blocks = find_blocks(params, lambda p: tuple(p.shape))
+            places = {
+                (module, name): parameter
+                for module in params.modules()
+                for name, parameter in module.named_parameters(recurse=False)
+            }
+            found = find_blocks(params, {place: tuple(p.shape) for place, p in places.items()})
+            for place, blocks in found.items():
+                self._blocks.setdefault(places[place], blocks)
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},

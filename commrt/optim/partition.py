@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from torch import nn
@@ -24,6 +24,8 @@ from commrt.errors import ConfigError
 
 Axis = Literal["row", "column", "element"]
 Shape = tuple[int, ...]
+Place = tuple[nn.Module, str]
+"""A module and the name of a parameter in it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,25 +167,23 @@ def by_shape(shape: Shape) -> Blocks:
     return by_row(shape, "matrix", row_dims=2 if len(shape) == 3 else 1)
 
 
-def find_blocks(
-    model: nn.Module, shape_of: Callable[[nn.Parameter], Shape]
-) -> dict[nn.Parameter, Blocks]:
-    """The blocks of every parameter of a model; of a shared one by the first module that has it.
+def find_blocks(model: nn.Module, shapes: Mapping[Place, Shape]) -> dict[Place, Blocks]:
+    """The blocks of the parameters of a model.
 
     Args:
         model: Wrapped or not.
-        shape_of: The whole shape of a parameter, of which this rank may have a part.
+        shapes: The whole shape of each parameter, of which this rank may have a part, by the module
+            that has it and its name there.
     """
-    found: dict[nn.Parameter, Blocks] = {}
+    found: dict[Place, Blocks] = {}
+    own: dict[nn.Module, dict[str, Shape]] = {}
+    for (module, name), shape in shapes.items():
+        own.setdefault(module, {})[name] = shape
     for module in model.modules():
-        own = {name: p for name, p in module._parameters.items() if p is not None}
-        for child_name, blocks in _attention(module, shape_of).items():
-            weight = module.get_submodule(child_name)._parameters["weight"]
-            assert weight is not None
-            found.setdefault(weight, blocks)
-        shapes = {name: shape_of(parameter) for name, parameter in own.items()}
-        for name, parameter in own.items():
-            found.setdefault(parameter, _of_module(model, module, name, shapes))
+        for child, blocks in _attention(module, shapes).items():
+            found.setdefault((child, "weight"), blocks)
+        for name in own.get(module, {}):
+            found.setdefault((module, name), _of_module(model, module, name, own[module]))
     return found
 
 
@@ -258,17 +258,16 @@ class _Heads:
     dim: int | None
 
 
-def _attention(module: nn.Module, shape_of: Callable[[nn.Parameter], Shape]) -> dict[str, Blocks]:
+def _attention(module: nn.Module, shapes: Mapping[Place, Shape]) -> dict[nn.Module, Blocks]:
     """The projections of a module that attends, by its attributes' names."""
     heads = _heads(module)
     if heads is None:
         return {}
     found = {}
     weights = {
-        name: (child, shape_of(weight))
+        name: (child, shapes[child, "weight"])
         for name, child in module.named_children()
-        if isinstance(child, nn.Linear) or _is_conv1d(child)
-        if (weight := child._parameters.get("weight")) is not None
+        if (isinstance(child, nn.Linear) or _is_conv1d(child)) and (child, "weight") in shapes
     }
     inputs = {_in_out(child, shape)[0] for child, shape in weights.values()}
     for name, (child, shape) in weights.items():
@@ -282,7 +281,7 @@ def _attention(module: nn.Module, shape_of: Callable[[nn.Parameter], Shape]) -> 
             runs, why = _fused_runs(name, outputs, heads, inputs), "queries, keys: a head; values"
         if runs is not None:
             axis: Axis = "column" if _is_conv1d(child) else "row"
-            found[name] = Blocks(shape=shape, axis=axis, runs=runs, why=why)
+            found[child] = Blocks(shape=shape, axis=axis, runs=runs, why=why)
     return found
 
 

@@ -12,14 +12,17 @@ from commrt.training.config import TrainConfig
 from commrt.training.model import GPT
 
 
-def shape_of(parameter):
-    return tuple(parameter.shape)
-
-
 def blocks_of(model):
     """By name, for what is tested; the partition itself sees no names."""
-    found = find_blocks(model, shape_of)
-    return {name: found[parameter] for name, parameter in model.named_parameters()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    places = {
+        (module, name): parameter
+        for module in model.modules()
+        for name, parameter in module.named_parameters(recurse=False)
+    }
+    found = find_blocks(model, {place: tuple(p.shape) for place, p in places.items()})
+    first_last = reversed(found.items())
+    return {names[places[place]]: blocks for place, blocks in first_last}
 
 
 def lines(blocks):
@@ -189,7 +192,7 @@ def test_a_stack_that_nothing_explains_has_rows():
 def test_tied_weights_are_tokens():
     model = nn.Sequential(nn.Embedding(11, 16), nn.Linear(16, 11, bias=False))
     model[1].weight = model[0].weight
-    [blocks] = find_blocks(model, shape_of).values()
+    [blocks] = blocks_of(model).values()
     assert blocks.why == "embedding: a token"
     assert blocks.num_blocks == 11
 
