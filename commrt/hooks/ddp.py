@@ -9,9 +9,9 @@ from torch._C._distributed_c10d import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from commrt.codecs import Codec
+from commrt.collectives.wrappers import plain_name
 from commrt.errors import ConfigError
 from commrt.hooks.comm import SPARSE, Comm
-from commrt.hooks.naming import plain_name
 
 
 def attach_ddp(

@@ -1,13 +1,14 @@
 """FSDP1 (``FullyShardedDataParallel``): its communication hook, with a state for each unit.
 
-The hook says neither which unit calls it nor what is in its buffer. Both are read from private
-attributes (the unit's hook state, the layout of its flat parameter), in this file only.
+The hook says neither which unit calls it nor what is in its buffer: the former is read from a
+private attribute (the unit's hook state), in this file only.
 """
 
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 
 from commrt.collectives.torch_names import reduce_scatter_single
+from commrt.collectives.wrappers import FlatPart, flat_chunk, flat_parts, plain_name
 from commrt.errors import ConfigError
-from commrt.hooks.naming import plain_name
 from commrt.hooks.reductions import Plain
 from commrt.hooks.residuals import Shard
 from commrt.hooks.sharded import ShardedComm
@@ -94,7 +95,7 @@ class _Hook:
     def _layout(self) -> UnitLayout:
         """Without the frozen parameters, whose gradients are zeros."""
         unit = self._unit
-        is_trained = _is_trained(self._module._handle.flat_param)
+        is_trained = [part.is_trained for part in flat_parts(self._module._handle.flat_param)]
         trained = set(itertools.compress(unit.parameters, is_trained))
         if len(trained) == len(unit.parameters):
             return unit.layout
@@ -119,42 +120,33 @@ def _hook(state: _Hook, gradient: Tensor, output: Tensor | None = None) -> None:
         state.reduce_scatter(gradient, output)
 
 
-def _is_trained(flat: Any) -> list[bool]:
-    """Of each original parameter."""
-    if flat._params is None:  # without use_orig_params
-        return [bool(flat.requires_grad)] * len(flat._fqns)
-    return [bool(parameter.requires_grad) for parameter in flat._params]
-
-
 def _unit(module: Any, name: str) -> Unit:
     flat = module._handle.flat_param
     is_sharded = module.sharding_strategy != ShardingStrategy.NO_SHARD
     group = module.process_group
     world_size = dist.get_world_size(group) if is_sharded else 1
     prefix = f"{name}." if name else ""
-    names = [plain_name(prefix + fqn) for fqn in flat._fqns]
+    originals = {plain_name(prefix + part.name): part for part in flat_parts(flat)}
     return Unit(
         name=name,
         parameters={
-            name: Parameter(torch.empty(shape, dtype=flat.dtype, device="meta"), is_trained)
-            for name, shape, is_trained in zip(names, flat._shapes, _is_trained(flat), strict=True)
+            name: Parameter(
+                torch.empty(part.shape, dtype=flat.dtype, device="meta"), part.is_trained
+            )
+            for name, part in originals.items()
         },
-        layout=_layout(flat, names, world_size),
+        layout=_layout(originals, flat_chunk(flat, world_size), world_size),
         shards=group,
         replicas=None if is_sharded else group,
         device=module.compute_device,
     )
 
 
-def _layout(flat: Any, names: Sequence[str], world_size: int) -> UnitLayout:
+def _layout(originals: Mapping[str, FlatPart], chunk: int, world_size: int) -> UnitLayout:
     """As FSDP1 lays out a flat parameter: one after the other, cut into equal chunks."""
-    sizes = flat._numels_with_padding
-    chunk = -(-sum(sizes) // world_size)
-    offsets = [0, *itertools.accumulate(sizes)]
-    begins = itertools.compress(offsets, (not pad for pad in flat._is_padding_mask))
     parts = []
-    for name, begin, shape in zip(names, begins, flat._shapes, strict=True):
-        numel = shape.numel()
+    for name, (_, shape, begin, *_) in originals.items():
+        numel = math.prod(shape)
         for owner in range(begin // chunk, -(-(begin + numel) // chunk)):
             low = max(begin, owner * chunk)
             high = min(begin + numel, (owner + 1) * chunk)

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from commrt.collectives.torch_names import reduce_scatter_single
+from commrt.collectives.wrappers import plain_name
 from commrt.errors import ConfigError
-from commrt.hooks.naming import plain_name
 from commrt.hooks.residuals import Shard
 from commrt.hooks.sharded import ShardedComm
 from commrt.hooks.units import Parameter, Part, Unit, UnitLayout
