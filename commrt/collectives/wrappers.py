@@ -31,6 +31,7 @@ class FlatPart(NamedTuple):
         place: The module that has it, and its name there.
         parameter: The original one, or None without ``use_orig_params``.
         is_trained: Whether it has a gradient.
+        is_contiguous: Whether its elements lie in their usual order.
     """
 
     name: str
@@ -39,6 +40,7 @@ class FlatPart(NamedTuple):
     place: tuple[nn.Module, str]
     parameter: nn.Parameter | None
     is_trained: bool
+    is_contiguous: bool
 
 
 def flat_parts(flat: Any) -> Iterator[FlatPart]:
@@ -46,12 +48,15 @@ def flat_parts(flat: Any) -> Iterator[FlatPart]:
     offsets = [0, *itertools.accumulate(flat._numels_with_padding)]
     begins = itertools.compress(offsets, (not pad for pad in flat._is_padding_mask))
     originals = flat._params if flat._params is not None else [None] * len(flat._fqns)
-    for name, shape, begin, info, original in zip(
-        flat._fqns, flat._shapes, begins, flat._param_infos, originals, strict=True
-    ):
+    for name, shape, begin, info, original, is_contiguous in zip(
+        flat._fqns, flat._shapes, begins, flat._param_infos, originals, flat._contiguities,
+        strict=True,
+    ):  # fmt: skip
         is_trained = bool((flat if original is None else original).requires_grad)
         place = info.module, info.param_name
-        yield FlatPart(plain_name(name), tuple(shape), begin, place, original, is_trained)
+        yield FlatPart(
+            plain_name(name), tuple(shape), begin, place, original, is_trained, is_contiguous
+        )
 
 
 def flat_chunk(flat: Any, world_size: int) -> int:

@@ -21,11 +21,13 @@ from commrt.ops.arrays import takes_arrays
 from commrt.ops.format import FLOAT_DTYPES, MAX_BETA, BlockFormat
 from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor
 from commrt.ops.native import status
+from commrt.ops.reference.moments import MomentMap, decode_moment, encode_moment
 from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, square_sums
 
 __all__ = [
     "SEGMENT",
     "BlockFormat",
+    "MomentMap",
     "Second",
     "StepOptions",
     "StepTensor",
@@ -36,6 +38,8 @@ __all__ = [
     "block_encode",
     "decode_average",
     "decode_average_encode",
+    "decode_moment",
+    "encode_moment",
     "lion_",
     "loco_encode",
     "rescale_",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,15 +13,12 @@ from torch import Tensor, nn
 from commrt import ops
 from commrt.errors import ConfigError
 from commrt.ops import Second, StepOptions, StepTensor
-from commrt.optim.base import (
-    MomentumDtype,
-    Params,
-    StepOptimizer,
-    WeightMode,
-    moment_dtype,
-    scale_shape,
-)
-from commrt.optim.partition import Blocks, by_shape, find_blocks, parse, whole
+from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
+from commrt.optim.partition import Blocks, Place, by_shape, find_blocks, parse, whole
+from commrt.optim.parts import Part, State, flat
+from commrt.optim.sections import Layout
+from commrt.optim.shards import Shard
+from commrt.optim.states import Forms, of_weights
 
 Partition = Callable[[str, nn.Parameter], str | None] | Mapping[str, str]
 
@@ -40,13 +37,14 @@ class AdamMini(StepOptimizer):
     once for each of its rows.
 
     Args:
-        params: A model, or parameters, (name, parameter) pairs or groups of them. Only from a model
-            can heads, experts and transposed weights be recognised; else matrices have a block a
-            row.
+        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
+            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
         lr: Learning rate, a number or a scalar tensor.
         betas: Decay of the first and the second moment.
         eps: Added to the root, after bias correction.
         weight_decay: Decoupled.
+        model: That the parameters are of, if ``params`` is not it. Only from a model can heads,
+            experts and transposed weights be recognised; else matrices have a block a row.
         momentum_dtype: Of ``exp_avg``: "fp32" (4 bytes a parameter), "bf16" (2), "int8" (1.02:
             blocks of 256 elements of a row, with an fp32 scale each).
         weight_mode: Of bf16 and fp16 weights. "auto", "master": an fp32 copy (4 bytes). For bf16
@@ -64,12 +62,19 @@ class AdamMini(StepOptimizer):
     Raises:
         ConfigError: A value is out of range; names it and what is allowed.
 
+    Ranks: a block that is in several ranks is summed over them, in one all-reduce a step, which
+    also carries the norm of the gradient: 8 bytes a block. Heads or rows that no rank shares with
+    another cost nothing.
+
     Cost: 4 bytes of state a parameter, 8 with AdamW; 20 bytes a step and parameter from and to
     memory, 28 with AdamW.
 
     Source: Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", ICLR 2025 (arXiv
     2406.16793), algorithm 1; differs from it in biases and norms, unless ``vectors="tensor"``.
     """
+
+    _FORMS = Forms({"exp_avg": "linear"}, lines=("exp_avg_sq",))
+    _KEPT = (*StepOptimizer._KEPT, "_partition", "_vectors", "_of_modules")
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class AdamMini(StepOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
+        model: nn.Module | None = None,
         momentum_dtype: MomentumDtype = "fp32",
         weight_mode: WeightMode = "auto",
         partition: Partition | None = None,
@@ -91,19 +97,11 @@ class AdamMini(StepOptimizer):
             raise ConfigError(f"vectors={vectors!r}: must be element or tensor")
         self._partition = partition
         self._vectors = vectors
-        self._blocks: dict[nn.Parameter, Blocks] = {}
-        if isinstance(params, nn.Module):
-            places = {
-                (module, name): parameter
-                for module in params.modules()
-                for name, parameter in module.named_parameters(recurse=False)
-            }
-            found = find_blocks(params, {place: tuple(p.shape) for place, p in places.items()})
-            for place, blocks in found.items():
-                self._blocks.setdefault(places[place], blocks)
+        self._of_modules: dict[Shard, Blocks] = {}
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            model=model,
             momentum_dtype=momentum_dtype,
             weight_mode=weight_mode,
             maximize=maximize,
@@ -111,49 +109,41 @@ class AdamMini(StepOptimizer):
             seed=seed,
         )
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch does."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        names = group.get("param_names") or [""] * len(group["params"])
-        for name, parameter in zip(names, group["params"], strict=True):
-            self._blocks[parameter] = self._choose(name, parameter)
+    def _read_modules(self, model: nn.Module, places: Mapping[Place, Shard]) -> None:
+        found = find_blocks(model, {place: shard.shape for place, shard in places.items()})
+        self._of_modules = {places[place]: blocks for place, blocks in found.items()}
 
-    def __getstate__(self) -> dict[str, Any]:
-        own = ("_partition", "_vectors", "_blocks")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
-
-    def _choose(self, name: str, parameter: nn.Parameter) -> Blocks:
-        shape = tuple(parameter.shape)
+    def _blocks(self, shard: Shard, parameter: nn.Parameter) -> Blocks:
         text = None
         if callable(self._partition):
-            text = self._partition(name, parameter)
+            text = self._partition(shard.name, parameter)
         elif self._partition is not None:
-            found = (t for pattern, t in self._partition.items() if re.fullmatch(pattern, name))
+            found = (
+                t for pattern, t in self._partition.items() if re.fullmatch(pattern, shard.name)
+            )
             text = next(found, None)
         if text is not None:
-            return parse(text, shape)
-        blocks = self._blocks.get(parameter) or by_shape(shape)
+            return parse(text, shard.shape)
+        blocks = self._of_modules.get(shard) or by_shape(shard.shape)
         if blocks.why == "vector" and self._vectors == "tensor":
-            return whole(shape, "vector")
+            return whole(shard.shape, "vector")
         return blocks
 
     def describe(self) -> str:
-        """A table of the parameters: shape, blocks, and bytes of state."""
+        """A table of the tensors: shape, blocks, and bytes of state on this rank."""
         rows = [("parameter", "shape", "taken for", "blocks", "momentum", "bytes of state")]
-        for group in self.param_groups:
-            names = group.get("param_names") or [""] * len(group["params"])
-            for name, parameter in zip(names, group["params"], strict=True):
-                blocks = self._blocks[parameter]
-                dtype = self._moment_dtype(blocks)
+        for parameter in self._parameters():
+            for layout in self._layouts[parameter]:
+                state = self._new_part(layout, torch.device("meta"))
+                state |= of_weights(layout, parameter, self.weight_mode, torch.device("meta"))
                 rows.append(
                     (
-                        name,
-                        " x ".join(map(str, parameter.shape)),
-                        blocks.why,
-                        f"{blocks.num_blocks:,}",
-                        str(dtype).removeprefix("torch."),
-                        f"{self.state_bytes_of(parameter):,}",
+                        layout.shard.name,
+                        " x ".join(map(str, layout.shard.shape)),
+                        layout.blocks.why,
+                        f"{layout.blocks.num_blocks:,}",
+                        str(state["exp_avg"].dtype).removeprefix("torch."),
+                        f"{sum(flat(v).numel() * v.element_size() for v in state.values()):,}",
                     )
                 )
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -162,31 +152,26 @@ class AdamMini(StepOptimizer):
             for row in rows
         )
 
-    def _moment_dtype(self, blocks: Blocks) -> torch.dtype:
-        if blocks.axis == "element":
-            return torch.float32
-        return moment_dtype(self.momentum_dtype, math.prod(blocks.shape), blocks.cols)
+    def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
+        if layout.blocks.axis == "element":
+            return {"exp_avg": torch.float32, "exp_avg_sq": torch.float32}
+        return {"exp_avg": moment_dtype(self.momentum_dtype, layout)}
 
-    def _init(self, parameter: nn.Parameter, state: dict[str, Any], device: torch.device) -> None:
-        super()._init(parameter, state, device)
-        blocks = self._blocks[parameter]
-        dtype = self._moment_dtype(blocks)
-        state["exp_avg"] = torch.zeros(blocks.shape, dtype=dtype, device=device)
-        if dtype == torch.int8:
-            shape = scale_shape(blocks.rows, blocks.cols)
-            state["exp_avg_scale"] = torch.zeros(shape, device=device)
-        state["exp_avg_sq"] = torch.zeros(blocks.second_shape, device=device)
+    def _new_part(self, layout: Layout, device: torch.device) -> State:
+        state = super()._new_part(layout, device)
+        if "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = layout.shard.lines(layout.blocks, device)
+        return state
+
+    def _is_stochastic(self, layout: Layout) -> bool:
+        is_coded = self._moments(layout)["exp_avg"] == torch.int8
+        return layout.blocks.is_embedding and is_coded
 
     def _update(
-        self,
-        group: dict[str, Any],
-        step: int,
-        parameters: list[nn.Parameter],
-        grad_factor: Tensor | None,
+        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
     ) -> None:
         beta1, beta2 = group["betas"]
         lr = float(group["lr"])
-        parts: list[_Part] = []
         options = StepOptions(
             beta1=beta1,
             beta2=beta2,
@@ -198,116 +183,31 @@ class AdamMini(StepOptimizer):
         )
         in_blocks: list[StepTensor] = []
         by_element: list[StepTensor] = []
-        for parameter in parameters:
-            blocks = self._blocks[parameter]
-            part = self._part(parameter, step)
-            if blocks.axis == "element":
-                by_element.append(part.elements())
-            elif blocks.axis == "row":
-                in_blocks.extend(part.rows(blocks))
+        for part in parts:
+            if part.layout.blocks.axis == "element":
+                by_element.extend(part.tensors(("exp_avg", "exp_avg_sq")))
             else:
-                in_blocks.extend(part.columns(blocks, options, grad_factor))
-            parts.append(part)
+                self._update_second(part, beta2, grad_factor)
+                in_blocks.extend(_in_blocks(part))
         ops.adam_mini_(in_blocks, options, grad_factor=grad_factor)
         ops.adamw_(by_element, options, grad_factor=grad_factor)
-        for part in parts:
-            part.write_back()
-
-    def _part(self, parameter: nn.Parameter, step: int) -> _Part:
-        blocks, state = self._blocks[parameter], self.state[parameter]
-        stochastic = blocks.is_embedding and state["exp_avg"].dtype == torch.int8
-        is_drawn = stochastic or self.weight_mode == "stochastic"
-        return _Part(parameter, state, stochastic, self._seed(parameter, step) if is_drawn else 0)
 
 
-class _Part:
-    """A parameter with its gradient and state, as matrices."""
-
-    def __init__(
-        self, parameter: nn.Parameter, state: dict[str, Any], stochastic: bool, seed: int
-    ) -> None:
-        assert parameter.grad is not None
-        self._parameter, self._stochastic, self._seed = parameter, stochastic, seed
-        self._weights = parameter.detach().contiguous()
-        self._grad = parameter.grad.detach().contiguous()
-        self._moment: Tensor = state["exp_avg"]
-        self._scale: Tensor | None = state.get("exp_avg_scale")
-        self._second: Tensor = state["exp_avg_sq"]
-        self._extra: Tensor | None = state.get("master", state.get("weight_residual"))
-
-    def write_back(self) -> None:
-        """What is not contiguous was stepped as a copy."""
-        if self._weights.data_ptr() != self._parameter.data_ptr():
-            self._parameter.copy_(self._weights)
-
-    def elements(self) -> StepTensor:
-        """One row, each element with a second moment."""
-        return StepTensor(
-            weights=self._weights.view(-1),
-            grad=self._grad.view(-1),
-            moments=(self._moment.view(-1), self._second.view(-1)),
-            rows=min(1, self._weights.numel()),
-            cols=max(1, self._weights.numel()),
-            extra=None if self._extra is None else self._extra.view(-1),
-            seed=self._seed,
+def _in_blocks(part: Part) -> Iterator[StepTensor]:
+    second = part.state("exp_avg_sq")
+    for section in part.layout.sections:
+        piece, is_whole = section.piece, section.is_whole
+        yield part.tensor(
+            piece,
+            ("exp_avg",),
+            second=second[piece.line : piece.line + piece.rows],
+            second_from=Second.UPDATED if is_whole else Second.OF_ROW,
+            block_rows=section.block_rows if is_whole else 1,
         )
-
-    def rows(self, blocks: Blocks) -> Iterator[StepTensor]:
-        """Runs of rows with blocks of one size."""
-        row = 0
-        for lines, size in blocks.block_sizes():
-            second = self._second.view(-1)[row : row + lines]
-            yield self._matrix(row, lines, blocks.cols, second, Second.UPDATED, size)
-            row += lines
-
-    def columns(
-        self, blocks: Blocks, options: StepOptions, grad_factor: Tensor | None
-    ) -> Iterator[StepTensor]:
-        """The matrices of a stack, whose columns have second moments, updated here."""
-        matrices = math.prod(blocks.shape[: blocks.stack_dims])
-        rows, cols = blocks.rows // matrices, blocks.cols
-        grads = self._grad.view(matrices, -1)
-        sums_SC = grads.new_empty(matrices, cols, dtype=torch.float64)
-        ops.square_sums(
-            list(grads.unbind()), list(sums_SC.unbind()), [(rows, cols)] * matrices,
-            by_column=[True] * matrices,
-        )  # fmt: skip
-        if grad_factor is not None:
-            sums_SC *= grad_factor.double() ** 2
-        means = []
-        for sums, (_, size) in zip(
-            sums_SC.split([lines for lines, _ in blocks.block_sizes()], dim=1),
-            blocks.block_sizes(),
-            strict=True,
-        ):
-            total = sums.unflatten(1, (-1, size)).sum(dim=2)
-            means.append((total / (size * rows)).repeat_interleave(size, dim=1))
-        second_SC = self._second.view(matrices, cols)
-        mean_SC = torch.cat(means, dim=1).float()
-        second_SC.mul_(options.beta2).add_(mean_SC, alpha=1 - options.beta2)
-        for matrix, second in enumerate(second_SC.unbind()):
-            yield self._matrix(matrix * rows, rows, cols, second, Second.OF_COLUMN)
-
-    def _matrix(
-        self, row: int, rows: int, cols: int, second: Tensor, kind: Second, size: int = 1
-    ) -> StepTensor:
-        def part(value: Tensor) -> Tensor:
-            return value.view(-1)[row * cols : (row + rows) * cols]
-
-        scale = () if self._scale is None else (self._scale[row : row + rows].view(-1),)
-        return StepTensor(
-            weights=part(self._weights),
-            grad=part(self._grad),
-            moments=(part(self._moment),),
-            rows=rows,
-            cols=cols,
-            scales=scale,
-            extra=None if self._extra is None else part(self._extra),
-            stochastic=self._stochastic,
-            seed=self._seed,
-            first_index=row * cols,
-            index_stride=cols,
-            second=second,
-            second_from=kind,
-            block_rows=size,
+    for columns in part.layout.columns:
+        yield part.tensor(
+            columns.piece,
+            ("exp_avg",),
+            second=second[columns.second : columns.second + columns.piece.cols],
+            second_from=Second.OF_COLUMN,
         )

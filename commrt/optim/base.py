@@ -1,20 +1,24 @@
-"""What the optimizers share: parameters as lists of matrices, their state, and torch's contract."""
+"""What the optimizers share: a step over the parts of all parameters, and torch's contract."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from commrt import ops
-from commrt.errors import ConfigError, StateError
-from commrt.ops import SEGMENT
+from commrt.errors import ConfigError
+from commrt.optim.partition import Blocks, Place, by_shape
+from commrt.optim.parts import Part, State, flat, zeros
+from commrt.optim.sections import Layout
+from commrt.optim.shards import Shard, Span, find_shards, is_flat, shard_of
+from commrt.optim.states import Forms, of_weights
+from commrt.optim.totals import Totals
 
 MomentumDtype = Literal["fp32", "bf16", "int8"]
 WeightMode = Literal["auto", "master", "residual", "stochastic"]
@@ -31,12 +35,15 @@ class StepOptimizer(Optimizer):
     """An optimizer whose step is one op over all parameters of a group.
 
     State of a parameter, beside its moments: ``step``, an fp32 scalar on the CPU; ``master`` or
-    ``weight_residual``, where ``weight_mode`` asks for it.
+    ``weight_residual``, where ``weight_mode`` asks for it. The state of a DTensor are DTensors, cut
+    as it is. Of FSDP1's parameters ``state_dict()`` has what AdamW would have, which FSDP can take
+    apart: a second moment an element, and all in fp32.
 
     Args:
         params: A model, or what every optimizer of torch takes: parameters, (name, parameter)
             pairs, or groups of either.
         defaults: Of the groups' options.
+        model: That has the parameters, if ``params`` is not it: what they are in it counts.
         momentum_dtype: Of moments that have a sign.
         weight_mode: How half-precision weights keep what they cannot show; see the subclasses.
         maximize: Go up.
@@ -45,12 +52,18 @@ class StepOptimizer(Optimizer):
     """
 
     _step_supports_amp_scaling = True
+    _FORMS: Forms
+    _KEPT: tuple[str, ...] = (
+        *("momentum_dtype", "weight_mode", "maximize", "max_grad_norm", "seed", "grad_norm"),
+        *("_layouts", "_found", "_numbers"),
+    )
 
     def __init__(
         self,
         params: Params,
         defaults: dict[str, Any],
         *,
+        model: nn.Module | None,
         momentum_dtype: MomentumDtype,
         weight_mode: WeightMode,
         maximize: bool,
@@ -69,44 +82,73 @@ class StepOptimizer(Optimizer):
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.grad_norm: Tensor | None = None
-        self._places: dict[nn.Parameter, int] = {}
+        self._totals: Totals | None = None
+        self._layouts: dict[nn.Parameter, tuple[Layout, ...]] = {}
+        self._numbers: dict[Layout, int] = {}
+        self._found: dict[nn.Parameter, list[Shard]] = {}
         given: Any = params
         if isinstance(params, nn.Module):
-            if any(isinstance(module, FullyShardedDataParallel) for module in params.modules()):
-                raise ConfigError(
-                    "params is a model of FSDP: sharded parameters cannot be used yet"
-                )
-            given = params.named_parameters()
+            model, given = params, params.named_parameters()
+        if model is not None:
+            self._read(model)
         super().__init__(given, defaults)
-        for parameter in self._parameters():
-            self._check(parameter)
+
+    def _read(self, model: nn.Module) -> None:
+        """Find what the rank has of a model's tensors."""
+        places: dict[Place, Shard] = {}
+        for place, parameter, shard in find_shards(model):
+            found = self._found.setdefault(parameter, [])
+            if not found or isinstance(shard, Span):
+                found.append(shard)
+            places.setdefault(place, shard)
+        self._read_modules(model, places)
+
+    def _read_modules(self, model: nn.Module, places: Mapping[Place, Shard]) -> None:
+        """Find out what else the modules say."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch does, after checking the group's options."""
-        options = {**self.defaults, **param_group}
-        check_options(options)
+        """As torch does.
+
+        Raises:
+            ConfigError: An option is out of range, or the step cannot serve a parameter.
+        """
+        check_options({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for parameter in self.param_groups[-1]["params"]:
-            self._places[parameter] = len(self._places)
+        group = self.param_groups[-1]
+        names = group.get("param_names") or [""] * len(group["params"])
+        for name, parameter in zip(names, group["params"], strict=True):
+            self._check(name, parameter)
+            shards = self._found.get(parameter) or [shard_of(name, parameter)]
+            layouts = tuple(Layout(shard, self._blocks(shard, parameter)) for shard in shards)
+            self._layouts[parameter] = layouts
+            for layout in layouts:
+                # The same however the model is wrapped, if names are known.
+                name_sum = zlib.crc32(layout.shard.name.encode())
+                self._numbers[layout] = name_sum if layout.shard.name else len(self._numbers)
+        self._totals = None
+
+    def _blocks(self, shard: Shard, parameter: nn.Parameter) -> Blocks:
+        """Of a tensor; here it only says what its rows are."""
+        return by_shape(shard.shape)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = (
-            *("momentum_dtype", "weight_mode", "maximize", "max_grad_norm", "seed"),
-            *("grad_norm", "_places"),
-        )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        kept = {name: getattr(self, name) for name in self._KEPT}
+        return {**super().__getstate__(), **kept, "_totals": None}
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
             yield from group["params"]
 
-    def _check(self, parameter: nn.Parameter) -> None:
+    def _check(self, name: str, parameter: nn.Parameter) -> None:
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ConfigError(
-                f"a parameter is {parameter.dtype}: must be float32, bfloat16 or float16"
+                f"parameter {name!r} is {parameter.dtype}: must be float32, bfloat16 or float16"
             )
-        if isinstance(parameter, DTensor):
-            raise ConfigError("a parameter is a DTensor: sharded parameters cannot be used yet")
+        if is_flat(parameter) and parameter not in self._found:
+            raise ConfigError(
+                f"parameter {name!r} is FSDP's: give the model that FSDP has wrapped, as params or "
+                "as model="
+            )
         if parameter.dtype == torch.float16 and self.weight_mode not in ("auto", "master"):
             raise ConfigError(
                 f"weight_mode={self.weight_mode!r} with float16 parameters: must be 'master'"
@@ -119,6 +161,12 @@ class StepOptimizer(Optimizer):
 
         Args:
             closure: Called first, with gradients enabled; its value is returned.
+
+        Ranks: all that share parameters must call, also one whose gradients are all None.
+
+        Raises:
+            PeerMismatchError: In the first step, if ranks that share parameters have made
+                different optimizers.
         """
         loss = None
         if closure is not None:
@@ -130,75 +178,146 @@ class StepOptimizer(Optimizer):
 
     def _step(self) -> None:
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
-        if found_inf is not None and bool(found_inf):
+        parts = [list(self._parts(group)) for group in self.param_groups]
+        totals = self._sum({part.layout: part.grad for some in parts for part in some}, found_inf)
+        if totals.found_inf or (found_inf is not None and bool(found_inf)):
             return
         factor = None if scale is None else scale.float().reciprocal()
         if self.max_grad_norm is not None:
-            factor = self._clip(factor, self.max_grad_norm)
-        for group in self.param_groups:
-            by_step: dict[float, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                state = self.state[parameter]
-                if not state:
-                    self._init(parameter, state, parameter.device)
-                state["step"] += 1
-                by_step.setdefault(float(state["step"]), []).append(parameter)
-            for step, parameters in by_step.items():
-                self._update(group, int(step), parameters, factor)
+            factor = self._clip(totals, factor, self.max_grad_norm)
+        for group, some in zip(self.param_groups, parts, strict=True):
+            by_step: dict[int, list[Part]] = {}
+            for part in some:
+                by_step.setdefault(part.step, []).append(part)
+            for step, alike in by_step.items():
+                self._update(group, step, alike, factor)
+                for part in alike:
+                    part.write_back()
+        for parameter in self._parameters():
+            if parameter.grad is not None:
+                self.state[parameter]["step"] += 1
 
-    def _init(self, parameter: nn.Parameter, state: dict[str, Any], device: torch.device) -> None:
-        """State of a parameter before its first step."""
-        state["step"] = torch.tensor(0.0)
-        if parameter.dtype == torch.float32:
-            return
-        if self.weight_mode in ("auto", "master"):
-            state["master"] = parameter.detach().to(device, torch.float32).contiguous()
-        elif self.weight_mode == "residual":
-            state["weight_residual"] = torch.zeros(parameter.shape, dtype=torch.int8, device=device)
+    def _parts(self, group: dict[str, Any]) -> Iterator[Part]:
+        """All that this rank has of a group, and has a gradient."""
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state.update(self._new_state(parameter, parameter.device))
+            step = int(state["step"]) + 1
+            for layout, own in zip(
+                self._layouts[parameter], self._states_of(parameter, state), strict=True
+            ):
+                is_drawn = self.weight_mode == "stochastic" or self._is_stochastic(layout)
+                yield Part(
+                    layout,
+                    parameter,
+                    own,
+                    step=step,
+                    stochastic=self._is_stochastic(layout),
+                    seed=self._seed(layout, step) if is_drawn else 0,
+                )
+
+    def _is_stochastic(self, layout: Layout) -> bool:
+        """Whether the first moment of a tensor is rounded stochastically."""
+        return False
+
+    def _sum(self, grads: Mapping[Layout, Tensor], found_inf: Tensor | None) -> Totals:
+        if self._totals is None:
+            pairs = [(own, p.device) for p in self._parameters() for own in self._layouts[p]]
+            self._totals = Totals(
+                [layout for layout, _ in pairs],
+                [device for _, device in pairs],
+                {
+                    "optimizer": type(self).__name__,
+                    "max_grad_norm": str(self.max_grad_norm),
+                    "weight_mode": self.weight_mode,
+                    "seed": self.seed,
+                },
+                wants_norm=self.max_grad_norm is not None,
+            )
+        self._totals.sum(grads, found_inf)
+        return self._totals
+
+    def _update_second(self, part: Part, beta2: float, grad_factor: Tensor | None) -> None:
+        """Of blocks that the step cannot sum by itself."""
+        assert self._totals is not None
+        self._totals.update_second(part.layout, part.state("exp_avg_sq"), beta2, grad_factor)
 
     def _update(
-        self,
-        group: dict[str, Any],
-        step: int,
-        parameters: list[nn.Parameter],
-        grad_factor: Tensor | None,
+        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
     ) -> None:
-        """Take step number ``step`` (from 1) with parameters of a group."""
+        """Take step number ``step`` (from 1) with parts of a group."""
         raise NotImplementedError
 
-    def _clip(self, factor: Tensor | None, largest: float) -> Tensor:
+    def _clip(self, totals: Totals, factor: Tensor | None, largest: float) -> Tensor:
         """What gradients are multiplied by, so that their norm is at most ``largest``.
 
         As ``torch.nn.utils.clip_grad_norm_``, without changing them.
         """
-        grads = [p.grad for p in self._parameters() if p.grad is not None]
-        if not grads:
-            return torch.tensor(1.0)
-        flat = [grad.detach().contiguous().view(-1) for grad in grads]
-        sums = [torch.empty(1, dtype=torch.float64, device=grad.device) for grad in flat]
-        some = [i for i, grad in enumerate(flat) if grad.numel()]
-        ops.square_sums(
-            [flat[i] for i in some], [sums[i] for i in some], [(1, flat[i].numel()) for i in some]
-        )
-        total = torch.stack([sums[i].to(flat[0].device) for i in some]).sum()
-        norm = total.sqrt() * (1.0 if factor is None else factor.double())
+        norm = totals.square_norm.sqrt()
+        if factor is not None:
+            norm *= factor.double()
         self.grad_norm = norm.float()
         clip = (largest / (norm + 1e-6)).clamp(max=1.0).float()
         return clip if factor is None else clip * factor
 
-    def _seed(self, parameter: nn.Parameter, step: int) -> int:
-        """Of a parameter's random numbers in a step."""
-        place = self._places[parameter]
-        return (self.seed << 32 ^ step * 0x9E3779B97F4A7C15 ^ place * 0xBF58476D1CE4E5B9) % (
+    def _seed(self, layout: Layout, step: int) -> int:
+        """Of a tensor's random numbers in a step."""
+        number = self._numbers[layout]
+        return (self.seed << 32 ^ step * 0x9E3779B97F4A7C15 ^ number * 0xBF58476D1CE4E5B9) % (
             1 << 63
         )
 
     # -- state ------------------------------------------------------------------------------------
 
+    def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
+        """Names and dtypes of a tensor's moments that have an element for each of its own."""
+        raise NotImplementedError
+
+    def _new_part(self, layout: Layout, device: torch.device) -> State:
+        """A tensor's state before its first step, but for what weights need."""
+        state: State = {}
+        for name, dtype in self._moments(layout).items():
+            state |= zeros(layout, dtype, name, device)
+        return state
+
+    def _new_state(self, parameter: nn.Parameter, device: torch.device) -> State:
+        """A parameter's, before its first step."""
+        parts = []
+        for layout in self._layouts[parameter]:
+            part = self._new_part(layout, device)
+            part |= of_weights(layout, parameter, self.weight_mode, device)
+            parts.append(part)
+        step = {"step": torch.tensor(0.0)}
+        return {**step, "tensors": parts} if is_flat(parameter) else {**step, **parts[0]}
+
+    def _states_of(self, parameter: nn.Parameter, state: State) -> list[State]:
+        """Of the tensors that a parameter is, or has in it."""
+        tensors: list[State] = state["tensors"] if is_flat(parameter) else [state]
+        return tensors
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch does; of flat parameters in the form of AdamW's."""
+        result = super().state_dict()
+        ids = [id_ for group in result["param_groups"] for id_ in group["params"]]
+        for id_, parameter in zip(ids, self._parameters(), strict=True):
+            if is_flat(parameter) and id_ in result["state"]:
+                own = result["state"][id_]
+                parts = zip(self._layouts[parameter], own["tensors"], strict=True)
+                result["state"][id_] = {
+                    "step": own["step"], **self._FORMS.expanded(parameter, list(parts))
+                }  # fmt: skip
+        return result
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch does, but every tensor keeps its dtype.
+
+        AdamW's state, too: it becomes what this optimizer would have, with the mean of a block's
+        second moments.
+
+        Ranks: all that share parameters must call.
 
         Raises:
             StateError: A tensor has another shape or dtype than this optimizer's would have.
@@ -214,36 +333,52 @@ class StepOptimizer(Optimizer):
         finally:
             hook.remove()
         ids = [id_ for group in given["param_groups"] for id_ in group["params"]]
+        seconds: dict[Layout, tuple[Tensor, Tensor]] = {}
         for id_, parameter in zip(ids, self._parameters(), strict=True):
             state = given["state"].get(id_)
             if state:
-                self.state[parameter] = self._loaded(parameter, state)
+                self.state[parameter] = self._loaded(parameter, state, seconds)
+        self._finish_loading(seconds)
 
-    def _loaded(self, parameter: nn.Parameter, state: Mapping[str, Any]) -> dict[str, Any]:
-        expected: dict[str, Any] = {}
-        self._init(parameter, expected, torch.device("meta"))
-        if state.keys() != expected.keys():
-            raise StateError(
-                f"state of a parameter of shape {tuple(parameter.shape)} has {sorted(state)}: must "
-                f"have {sorted(expected)}"
+    def _loaded(
+        self,
+        parameter: nn.Parameter,
+        given: Mapping[str, Any],
+        seconds: dict[Layout, tuple[Tensor, Tensor]],
+    ) -> State:
+        new = self._new_state(parameter, parameter.device)
+        for layout, own in zip(
+            self._layouts[parameter], self._states_of(parameter, new), strict=True
+        ):
+            own, state = (
+                {name: value for name, value in some.items() if name != "step"}
+                for some in (own, given)
             )
-        loaded = {}
-        for name, wanted in expected.items():
-            value = state[name]
-            if name != "step" and (value.dtype, value.shape) != (wanted.dtype, wanted.shape):
-                raise StateError(
-                    f"{name} of a parameter of shape {tuple(parameter.shape)} is {value.dtype} "
-                    f"{tuple(value.shape)}: must be {wanted.dtype} {tuple(wanted.shape)}"
-                )
-            device = "cpu" if name == "step" else parameter.device
-            loaded[name] = value.to(device, wanted.dtype, copy=True)
-        return loaded
+            if is_flat(parameter):
+                state = {name: layout.shard.local(value) for name, value in state.items()}
+            if self._FORMS.load(layout, own, state) and "exp_avg_sq" in state:
+                seconds[layout] = flat(own["exp_avg_sq"]), flat(state["exp_avg_sq"])
+        new["step"] = torch.as_tensor(given["step"]).to("cpu", torch.float32, copy=True)
+        return new
+
+    def _finish_loading(self, seconds: Mapping[Layout, tuple[Tensor, Tensor]]) -> None:
+        """Find the second moments of blocks that are in several ranks, of AdamW's."""
+        if not seconds and not any(map(is_flat, self._parameters())):
+            return
+        with torch.no_grad():
+            roots = {layout: value.sqrt() for layout, (_, value) in seconds.items()}
+            totals = self._sum(roots, None)
+            for layout, (second, _) in seconds.items():
+                totals.update_second(layout, second, 0.0, None)
 
     def state_bytes_of(self, parameter: nn.Parameter) -> int:
-        """Bytes of the state that a parameter has, or will have after its first step."""
-        state: dict[str, Tensor] = {}
-        self._init(parameter, state, torch.device("meta"))
-        return sum(value.numel() * value.element_size() for value in state.values())
+        """Bytes of the state that this rank has of a parameter, or will have after a step."""
+        state = self._new_state(parameter, torch.device("meta"))
+        tensors = [v for own in self._states_of(parameter, state) for v in own.values()]
+        if is_flat(parameter):
+            tensors.append(state["step"])
+        local = [v.to_local() if isinstance(v, DTensor) else v for v in tensors]
+        return sum(value.numel() * value.element_size() for value in local)
 
 
 def check_options(options: Mapping[str, Any]) -> None:
@@ -257,15 +392,14 @@ def check_options(options: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name}={options[name]}: must be at least 0 and finite")
 
 
-def moment_dtype(chosen: MomentumDtype, numel: int, cols: int) -> torch.dtype:
-    """Of a parameter's moments that have a sign."""
-    is_small = numel < _LEAST_CODED_NUMEL or cols < _LEAST_CODED_COLS
-    return torch.float32 if chosen == "int8" and is_small else MOMENTUM_DTYPES[chosen]
-
-
-def scale_shape(rows: int, cols: int) -> tuple[int, int]:
-    """Of the scales of an 8-bit moment."""
-    return rows, -(-cols // SEGMENT)
+def moment_dtype(chosen: MomentumDtype, layout: Layout) -> torch.dtype:
+    """Of a tensor's moments that have a sign."""
+    blocks = layout.blocks
+    if chosen != "int8":
+        return MOMENTUM_DTYPES[chosen]
+    if math.prod(blocks.shape) < _LEAST_CODED_NUMEL or blocks.cols < _LEAST_CODED_COLS:
+        return torch.float32
+    return torch.int8 if layout.shard.can_be_coded(blocks) else torch.bfloat16
 
 
 def _require(name: str, value: Any, allowed: Iterable[str]) -> None:

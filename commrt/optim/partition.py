@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from commrt.errors import ConfigError
+from commrt.ops import SEGMENT
 
 Axis = Literal["row", "column", "element"]
 Shape = tuple[int, ...]
@@ -74,6 +75,11 @@ class Blocks:
         return math.prod(self.shape[self.row_dims :])
 
     @property
+    def matrix_rows(self) -> int:
+        """Of each matrix."""
+        return math.prod(self.shape[self.stack_dims : self.row_dims])
+
+    @property
     def num_lines(self) -> int:
         """Rows of all matrices, or columns of one."""
         return self.rows if self.axis == "row" else self.cols
@@ -87,6 +93,11 @@ class Blocks:
         if self.axis == "column":
             return self.shape[:stack] + ones * (row - stack) + self.shape[row:]
         return self.shape
+
+    @property
+    def scale_shape(self) -> Shape:
+        """Of the scales of an 8-bit moment."""
+        return (*self.shape[: self.row_dims], -(-self.cols // SEGMENT))
 
     @property
     def num_blocks(self) -> int:

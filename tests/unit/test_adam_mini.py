@@ -47,13 +47,24 @@ def assert_same(first, second):
         assert torch.equal(a, b), name
 
 
+def blocks(optimizer, parameter):
+    [layout] = optimizer._layouts[parameter]
+    return layout.blocks
+
+
 class Float64AdamMini:
     """The rule, block by block, in float64."""
 
-    def __init__(self, model, blocks, lr, betas, eps, weight_decay):
+    def __init__(self, model, optimizer, lr, betas, eps, weight_decay):
         self.options, self.step_number = (lr, betas, eps, weight_decay), 0
         self.entries = [
-            (p, blocks[p], p.detach().double(), torch.zeros(p.shape, dtype=torch.float64), {})
+            (
+                p,
+                blocks(optimizer, p),
+                p.detach().double(),
+                torch.zeros(p.shape, dtype=torch.float64),
+                {},
+            )
             for p in model.parameters()
         ]
 
@@ -61,11 +72,11 @@ class Float64AdamMini:
         lr, (beta1, beta2), eps, decay = self.options
         self.step_number += 1
         t = self.step_number
-        for p, blocks, weight, moment, second in self.entries:
+        for p, of_p, weight, moment, second in self.entries:
             grad = p.grad.double()
             moment.mul_(beta1).add_(grad, alpha=1 - beta1)
             weight.mul_(1 - lr * decay)
-            for index in pieces(blocks):
+            for index in indices(of_p):
                 mean = grad[index].square().mean()
                 v = second.get(str(index), 0.0) * beta2 + (1 - beta2) * mean
                 second[str(index)] = v
@@ -77,7 +88,7 @@ class Float64AdamMini:
         return max(((p - w).abs().max() / w.abs().max()).item() for p, _, w, _, _ in self.entries)
 
 
-def pieces(blocks):
+def indices(blocks):
     """The indices of every block, of parameters of one or two dimensions."""
     if blocks.axis == "element":
         yield from itertools.product(*map(range, blocks.shape))
@@ -96,7 +107,7 @@ def test_it_is_the_rule(partition):
     model = nn.Sequential(nn.Embedding(7, 12), nn.Linear(12, 300), nn.ReLU(), nn.Linear(300, 5))
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
     optimizer = AdamMini(model, partition=partition, **options)
-    exact = Float64AdamMini(model, optimizer._blocks, **options)
+    exact = Float64AdamMini(model, optimizer, **options)
     for step in range(5):
         model.zero_grad()
         torch.manual_seed(step)
@@ -251,11 +262,11 @@ def test_frozen_parameters_and_late_groups():
 def test_what_it_is_made_of(params):
     model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
     optimizer = AdamMini(params(model), partition={r"0\.weight": "tensor"})
-    assert optimizer._blocks[model[0].weight].num_blocks == 1
-    assert optimizer._blocks[model[1].weight].num_blocks == 2
-    assert AdamMini(model.parameters())._blocks[model[1].weight].num_blocks == 2
+    assert blocks(optimizer, model[0].weight).num_blocks == 1
+    assert blocks(optimizer, model[1].weight).num_blocks == 2
+    assert blocks(AdamMini(model.parameters()), model[1].weight).num_blocks == 2
     chosen = AdamMini(model, partition=lambda name, p: "element" if p.dim() == 2 else None)
-    assert chosen._blocks[model[0].weight].axis == "element"
+    assert blocks(chosen, model[0].weight).axis == "element"
 
 
 def test_clipping_is_torchs():

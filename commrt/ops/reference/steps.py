@@ -13,12 +13,11 @@ from torch import Tensor
 
 from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor, unflatten
 from commrt.ops.reference.blocks import philox
+from commrt.ops.reference.moments import MomentMap, decode_moment, encode_moment, root
 
 STREAM_MOMENT = 2
 STREAM_WEIGHTS = 3
 SUM_LANES = 32
-LEAST_MAGNITUDE = 2.0**-96
-UNSIGNED_BIAS = 128
 
 Rule = Callable[[Tensor, Tensor, list[Tensor]], Tensor]
 
@@ -31,7 +30,7 @@ def adam_mini_(*arguments: Any) -> None:
         assert t.second is not None
         if t.second_from == Second.UPDATED:
             _update_second(t, o.beta2, grad)
-        factor = o.step_size / (_sqrt(t.second) / o.root_correction + o.eps)
+        factor = o.step_size / (root(t.second) / o.root_correction + o.eps)
         factor_RC = factor[None, :] if t.second_from == Second.OF_COLUMN else factor[:, None]
 
         def rule(g: Tensor, w: Tensor, m: list[Tensor], factor_RC: Tensor = factor_RC) -> Tensor:
@@ -49,8 +48,8 @@ def adamw_(*arguments: Any) -> None:
     def rule(g: Tensor, w: Tensor, m: list[Tensor]) -> Tensor:
         m[0] = o.beta1 * m[0] + share * g
         m[1] = o.beta2 * m[1] + share_square * (g * g)
-        root = _sqrt(m[1]) / o.root_correction + o.eps
-        return o.decay * w - o.step_size * m[0] / root
+        divisor = root(m[1]) / o.root_correction + o.eps
+        return o.decay * w - o.step_size * m[0] / divisor
 
     for t in tensors:
         _step(t, rule, ("square", "fourth"))
@@ -83,8 +82,8 @@ def adan_(*arguments: Any) -> None:
         ahead = g + o.beta2 * difference
         m[2] = o.beta3 * m[2] + (1 - o.beta3) * (ahead * ahead)
         m[3] = g
-        root = _sqrt(m[2]) / o.root_correction + o.eps
-        return o.decay * (w - (o.step_size * m[0] + o.difference_size * m[1]) / root)
+        divisor = root(m[2]) / o.root_correction + o.eps
+        return o.decay * (w - (o.step_size * m[0] + o.difference_size * m[1]) / divisor)
 
     for t in tensors:
         _step(t, rule, ("square", "square", "fourth", "square"))
@@ -134,11 +133,6 @@ def _unpack(*arguments: Any) -> tuple[Iterator[StepTensor], _Coefficients, Tenso
     return unflatten(*lists), o, grad
 
 
-def _sqrt(x: Tensor) -> Tensor:
-    """Correctly rounded, as torch's own of fp32 is not on a CPU."""
-    return x.double().sqrt().float()
-
-
 # -- second moments -------------------------------------------------------------------------------
 
 
@@ -175,7 +169,7 @@ def _row_squares(rows_BRC: Tensor) -> Tensor:
 # -- one tensor -----------------------------------------------------------------------------------
 
 
-def _step(t: StepTensor, rule: Rule, maps: Sequence[str]) -> None:
+def _step(t: StepTensor, rule: Rule, maps: Sequence[MomentMap]) -> None:
     shape = t.rows, t.cols
     weights = _load_weights(t).view(shape)
     moments = [_load_moment(t, k, name).view(shape) for k, name in enumerate(maps)]
@@ -219,68 +213,22 @@ def _store_weights(t: StepTensor, value_RC: Tensor) -> None:
         t.extra.copy_(low.view_as(t.extra))
 
 
-def _segments(t: StepTensor, value: Tensor) -> Tensor:
-    """(R, segments, 256), padded with zeros."""
-    value_RC = value.reshape(t.rows, t.cols)
-    padded = torch.nn.functional.pad(value_RC, (0, -t.cols % SEGMENT))
-    return padded.view(t.rows, t.segments_per_row, SEGMENT)
-
-
-def _load_moment(t: StepTensor, k: int, name: str) -> Tensor:
+def _load_moment(t: StepTensor, k: int, name: MomentMap) -> Tensor:
     moment = t.moments[k]
     if moment.is_floating_point():
         return moment.float()
-    code_RSK = _segments(t, moment).float()
-    scale_RS1 = t.scales[k].view(t.rows, t.segments_per_row, 1)
-    if name == "linear":
-        value_RSK = code_RSK * scale_RS1
-    elif name == "square":
-        value_RSK = code_RSK * code_RSK.abs() * scale_RS1
-    else:
-        square_RSK = (code_RSK + UNSIGNED_BIAS) * (code_RSK + UNSIGNED_BIAS)
-        value_RSK = square_RSK * square_RSK * scale_RS1
-    return value_RSK.flatten(1)[:, : t.cols].reshape(-1)
+    return decode_moment(moment, t.scales[k], t.rows, t.cols, name)
 
 
-def _store_moment(t: StepTensor, k: int, name: str, value_RC: Tensor) -> None:
+def _store_moment(t: StepTensor, k: int, name: MomentMap, value_RC: Tensor) -> None:
     moment = t.moments[k]
     if moment.is_floating_point():
         moment.copy_(value_RC.reshape(moment.shape))
         return
-    x_RSK = _segments(t, value_RC)
-    absmax_RS1 = x_RSK.abs().amax(dim=2, keepdim=True)
-    top = torch.tensor({"linear": 127.0, "square": 127.0**2, "fourth": 255.0**4}[name])
-    is_coded_RS1 = absmax_RS1.isfinite() & (absmax_RS1 >= LEAST_MAGNITUDE)
-    scale_RS1 = torch.where(is_coded_RS1, absmax_RS1 / top, 0.0)
-    scale_RS1 = torch.where(absmax_RS1.isfinite(), scale_RS1, torch.nan)
-    inverse_RS1 = top / torch.where(is_coded_RS1, absmax_RS1, 1.0)
-    uniform_RSK = None
-    if t.stochastic and k == 0:
-        uniform_RSK = _segments(t, _uniform(t, STREAM_MOMENT))
-    code_RSK = _codes(x_RSK, inverse_RS1, name, uniform_RSK)
-    nothing = -UNSIGNED_BIAS if name == "fourth" else 0
-    code_RSK = torch.where(is_coded_RS1, code_RSK, nothing)
-    code_RC = code_RSK.flatten(1)[:, : t.cols]
-    moment.copy_(code_RC.reshape(moment.shape).to(torch.int8))
-    t.scales[k].copy_(scale_RS1.reshape(t.scales[k].shape))
-
-
-def _codes(x: Tensor, inverse: Tensor, name: str, uniform: Tensor | None) -> Tensor:
-    if name == "linear":
-        level = x * inverse
-        if uniform is None:
-            return level.round()
-        return (level.floor() + (level - level.floor() > uniform)).clamp(-127, 127)
-    if name == "square":
-        level = x.abs() * inverse
-        code = _sqrt(level)
-        if uniform is None:
-            return code.round().copysign(x)
-        below = code.floor()
-        is_up = level - below * below > uniform * (below + below + 1)
-        return (below + is_up).clamp(max=127).copysign(x)
-    level = _sqrt(_sqrt(x * inverse))
-    return (torch.where((x > 0) & ~(level > 1), 1.0, level) - UNSIGNED_BIAS).round()
+    uniform_RC = _uniform(t, STREAM_MOMENT) if t.stochastic and k == 0 else None
+    codes, scales = encode_moment(value_RC, t.rows, t.cols, name, uniform_RC)
+    moment.copy_(codes.view_as(moment))
+    t.scales[k].copy_(scales.view_as(t.scales[k]))
 
 
 def _uniform(t: StepTensor, stream: int) -> Tensor:

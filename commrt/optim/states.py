@@ -1,0 +1,177 @@
+"""Optimizer state in other forms: what weights need, and AdamW's, from and to ours."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commrt.errors import StateError
+from commrt.ops import MomentMap, decode_moment, encode_moment
+from commrt.optim.parts import State, flat
+from commrt.optim.sections import Layout
+
+_OF_WEIGHTS = ("master", "weight_residual")
+
+
+def of_weights(
+    layout: Layout, parameter: nn.Parameter, mode: str, device: torch.device
+) -> dict[str, Tensor]:
+    """What half-precision weights need beside themselves."""
+    if parameter.dtype == torch.float32 or mode == "stochastic":
+        return {}
+    if mode == "residual":
+        return {"weight_residual": layout.shard.elements(torch.int8, device)}
+    master = layout.shard.elements(torch.float32, device)
+    if device.type != "meta":
+        flat(master).copy_(layout.shard.local(parameter).reshape(-1))
+    return {"master": master}
+
+
+def moment_names(state: Mapping[str, Any]) -> list[str]:
+    """Of a tensor's state, without their scales."""
+    others = {"step", *_OF_WEIGHTS}
+    return [name for name in state if name not in others and not name.endswith("_scale")]
+
+
+class Forms:
+    """How a kind of optimizer's state is to be read.
+
+    Args:
+        maps: How moments are coded in 8 bits.
+        lines: Names of what has an element a row or column, where blocks are rows or columns.
+    """
+
+    def __init__(self, maps: Mapping[str, MomentMap], lines: Collection[str] = ()) -> None:
+        self._maps, self._lines = maps, lines
+
+    def expanded(
+        self, parameter: nn.Parameter, parts: Sequence[tuple[Layout, State]]
+    ) -> dict[str, Tensor]:
+        """The state of the tensors in a flat parameter, fp32 and an element for each of its own."""
+        names = sorted(
+            {name for _, state in parts for name in state if not name.endswith("_scale")}
+        )
+        result = {name: torch.zeros(parameter.shape, device=parameter.device) for name in names}
+        for layout, state in parts:
+            for name in names:
+                if name in state:
+                    layout.shard.local(result[name]).copy_(self._by_element(layout, state, name))
+        return result
+
+    def _by_element(self, layout: Layout, state: State, name: str) -> Tensor:
+        value = flat(state[name])
+        if self._is_lines(layout, name):
+            return _spread(layout, value)
+        if f"{name}_scale" not in state:
+            return value.float()
+        scale = flat(state[f"{name}_scale"])
+        decoded = [
+            decode_moment(codes, scales, piece.rows, piece.cols, self._maps[name])
+            for piece, codes, scales in _coded(layout, value, scale)
+        ]
+        return torch.cat(decoded) if decoded else value.float()
+
+    def load(self, layout: Layout, own: State, given: Mapping[str, Any]) -> bool:
+        """Load a tensor's state into ``own``, a new one.
+
+        Returns:
+            Whether it was AdamW's; second moments of blocks that the rank has not whole are then
+            still to be found.
+
+        Raises:
+            StateError: It is neither like ``own`` nor AdamW's.
+        """
+        if self._is_adamws(layout, own, given):
+            for name in moment_names(own):
+                self._convert(layout, own, name, flat(given[name]))
+            for name in _OF_WEIGHTS:
+                if name in own and name in given:
+                    flat(own[name]).copy_(flat(given[name]))
+            return True
+        if own.keys() != given.keys():
+            raise StateError(
+                f"state of {_title(layout)} has {sorted(given)}: must have {sorted(own)} and step"
+            )
+        for name, wanted in own.items():
+            value = given[name]
+            if (value.dtype, value.shape) != (wanted.dtype, wanted.shape):
+                raise StateError(
+                    f"{name} of {_title(layout)} is {value.dtype} {tuple(value.shape)}: must be "
+                    f"{wanted.dtype} {tuple(wanted.shape)}"
+                )
+            flat(wanted).copy_(flat(value.contiguous()))
+        return False
+
+    def _is_adamws(self, layout: Layout, own: State, given: Mapping[str, Any]) -> bool:
+        """Whether all moments are fp32 and have an element for each of the tensor's."""
+        names = moment_names(own)
+        found = [given.get(name) for name in names]
+        shape = own[names[0]].shape
+        by_element = all(
+            isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape == shape
+            for value in found
+        )
+        is_own = all(
+            own[name].shape == shape and own[name].dtype == torch.float32 for name in names
+        )
+        return by_element and set(moment_names(given)) == set(names) and not is_own
+
+    def _convert(self, layout: Layout, own: State, name: str, value: Tensor) -> None:
+        if self._is_lines(layout, name):
+            _average(layout, flat(own[name]), value)
+        elif own[name].dtype != torch.int8:
+            flat(own[name]).copy_(value)
+        else:
+            scale = flat(own[f"{name}_scale"])
+            codes = flat(own[name])
+            for piece, some, scales in _coded(layout, codes, scale):
+                part = value[piece.start : piece.start + piece.rows * piece.cols]
+                new = encode_moment(part, piece.rows, piece.cols, self._maps[name])
+                some.copy_(new[0])
+                scales.copy_(new[1])
+
+    def _is_lines(self, layout: Layout, name: str) -> bool:
+        return name in self._lines and layout.blocks.axis != "element"
+
+
+def _coded(layout: Layout, codes: Tensor, scales: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
+    """The pieces of an 8-bit moment."""
+    for piece in layout.pieces:
+        segments = piece.rows * piece.segments_per_row
+        yield (
+            piece,
+            codes[piece.start : piece.start + piece.rows * piece.cols],
+            scales[piece.segment : piece.segment + segments],
+        )
+
+
+def _spread(layout: Layout, lines: Tensor) -> Tensor:
+    """Each line's value for all of its elements."""
+    parts = [lines[:0]]
+    if layout.blocks.axis == "row":
+        for piece in layout.pieces:
+            parts.append(lines[piece.line : piece.line + piece.rows].repeat_interleave(piece.cols))
+    for columns in layout.columns:
+        cols = columns.piece.cols
+        parts.append(lines[columns.second : columns.second + cols].repeat(columns.piece.rows))
+    return torch.cat(parts)
+
+
+def _average(layout: Layout, lines: Tensor, value: Tensor) -> None:
+    """Each line's value from the elements of its block, where the rank has all of it."""
+    for section in layout.sections:
+        if section.is_whole:
+            piece = section.piece
+            part = value[piece.start : piece.start + piece.rows * piece.cols].double()
+            mean_B = part.view(section.num_blocks, -1).mean(dim=1)
+            lines[piece.line : piece.line + piece.rows] = mean_B.repeat_interleave(
+                section.block_rows
+            ).float()
+
+
+def _title(layout: Layout) -> str:
+    name = f"{layout.shard.name!r} " if layout.shard.name else ""
+    return f"parameter {name}of shape {layout.shard.shape}"
