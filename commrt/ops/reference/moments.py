@@ -33,7 +33,7 @@ def decode_moment(codes: Tensor, scales: Tensor, rows: int, cols: int, name: Mom
         fp32 (R * C,).
     """
     code_RSK = _segments(codes, rows, cols).float()
-    scale_RS1 = scales.view(rows, -1, 1)
+    scale_RS1 = scales.view(rows, -(-cols // SEGMENT), 1)
     if name == "linear":
         value_RSK = code_RSK * scale_RS1
     elif name == "square":
