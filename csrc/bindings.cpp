@@ -1,4 +1,4 @@
-// Addresses and sizes in, nothing out: commrt/ops/native.py checks the tensors and calls these.
+// Addresses and sizes in, nothing out: commrt/ops/native checks the tensors and calls these.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
@@ -44,7 +44,7 @@ struct PayloadArg {
   }
 };
 
-// Addresses of a step's tensor; see commrt/ops/native.py.
+// Addresses of a step's tensor; see commrt/ops/native.
 struct StepTensorArg : StepTensor {
   StepTensorArg(Address grad, int grad_dtype, Address weights, int weight_dtype, Address extra,
                 int weight_format, Index rows, Index cols,
