@@ -145,6 +145,7 @@ struct Threads {
              first_units(list, [](const auto& tensor) { return units_of(tensor, true); }));
   }
   void adamw(const StepList& list) const { run_segments(active_kernels().adamw, list); }
+  void mofo(const StepList& list) const { run_segments(active_kernels().mofo, list); }
   void lion(const StepList& list) const { run_segments(active_kernels().lion, list); }
   void adan(const StepList& list) const { run_segments(active_kernels().adan, list); }
   void square_sums(const SquaresList& list) const {
@@ -194,6 +195,7 @@ struct Queue : cuda::Queue {
   }
   void adam_mini(const StepList& list) const { cuda::adam_mini(list, *this); }
   void adamw(const StepList& list) const { cuda::adamw(list, *this); }
+  void mofo(const StepList& list) const { cuda::mofo(list, *this); }
   void lion(const StepList& list) const { cuda::lion(list, *this); }
   void adan(const StepList& list) const { cuda::adan(list, *this); }
   void square_sums(const SquaresList& list) const { cuda::square_sums(list, *this); }
@@ -275,6 +277,7 @@ void define_ops(nb::module_& m) {
   m.def("rescale", &rescale<Where>);
   m.def("adam_mini", &step<Where, &Where::adam_mini>);
   m.def("adamw", &step<Where, &Where::adamw>);
+  m.def("mofo", &step<Where, &Where::mofo>);
   m.def("lion", &step<Where, &Where::lion>);
   m.def("adan", &step<Where, &Where::adan>);
   m.def("square_sums", &square_sums<Where>);

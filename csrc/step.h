@@ -59,8 +59,8 @@ struct StepTensor {
   std::uint64_t seed;
   std::uint64_t first_index;
   std::uint64_t index_stride;
+  float* second;  // of adam_mini; of mofo, the one threshold
   // adam_mini only
-  float* second;
   Second second_from;
   std::int64_t block_rows;  // rows that share a second moment
 };

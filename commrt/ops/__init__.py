@@ -22,7 +22,7 @@ from commrt.ops.format import FLOAT_DTYPES, MAX_BETA, BlockFormat
 from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor
 from commrt.ops.native import status
 from commrt.ops.reference.moments import MomentMap, decode_moment, encode_moment
-from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, square_sums
+from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
 __all__ = [
     "SEGMENT",
@@ -42,6 +42,7 @@ __all__ = [
     "encode_moment",
     "lion_",
     "loco_encode",
+    "mofo_",
     "rescale_",
     "square_sums",
     "status",

@@ -39,8 +39,9 @@ class StepTensor:
         seed: Of the random numbers, in [0, 2**63).
         first_index: Index of the first element's random number, below 2**63.
         index_stride: From a row's first index to the next row's.
-        second: fp32 (R,) or (C,), for ``adam_mini_``.
-        second_from: What ``second`` is.
+        second: For ``adam_mini_``, fp32 (R,) or (C,); for ``mofo_``, fp32 (1,), the threshold of
+            the first moment.
+        second_from: What ``second`` is, for ``adam_mini_``.
         block_rows: Rows that share a second moment, a divisor of R.
     """
 

@@ -36,9 +36,7 @@ def adam_mini_(
     """
     _check(tensors, num_moments=1, signed=(True,), grad_factor=grad_factor)
     for i, t in enumerate(tensors):
-        expected = t.cols if t.second_from == Second.OF_COLUMN else t.rows
-        if t.second is None or t.second.dtype != torch.float32 or t.second.numel() != expected:
-            raise ConfigError(f"second of tensor {i}: must be fp32 of {expected} elements")
+        _check_second(i, t, t.cols if t.second_from == Second.OF_COLUMN else t.rows)
         if t.block_rows < 1 or t.rows % t.block_rows:
             raise ConfigError(
                 f"block_rows={t.block_rows} of tensor {i}: must divide its {t.rows} rows"
@@ -71,6 +69,36 @@ def adamw_(
     _check(tensors, num_moments=2, signed=(True, False), grad_factor=grad_factor)
     if tensors:
         torch.ops.commrt.adamw_(*flatten(tensors), option_values(options), grad_factor)
+
+
+def mofo_(
+    tensors: Sequence[StepTensor], options: StepOptions, *, grad_factor: Tensor | None = None
+) -> None:
+    """MoFO: AdamW where the momentum is large; other weights stay as they are.
+
+    ::
+
+        m <- beta1 m + (1 - beta1) g;   v <- beta2 v + (1 - beta2) g^2
+        w <- decay w - step_size m / (sqrt(v) / root_correction + eps)     unless |m| < threshold
+
+    m is compared in fp32, before it is stored. Where it is NaN, w becomes NaN. A finite weight that
+    stays keeps its bits, also those in ``extra``; it is rounded from a master copy as ever.
+
+    Args:
+        tensors: With two moments each, and the threshold as ``second``.
+        options: Uses ``beta1, beta2, eps, decay, step_size, root_correction, grad_scale``.
+        grad_factor: fp32 scalar on the tensors' device: g is multiplied by it as well.
+
+    Cost: that of :func:`adamw_`.
+
+    Source: Chen et al., "MoFO: Momentum-Filtered Optimizer for Mitigating Forgetting in LLM
+    Fine-Tuning", 2024 (arXiv 2407.20999), algorithm 1, with AdamW's decay.
+    """
+    _check(tensors, num_moments=2, signed=(True, False), grad_factor=grad_factor)
+    for i, t in enumerate(tensors):
+        _check_second(i, t, 1)
+    if tensors:
+        torch.ops.commrt.mofo_(*flatten(tensors), option_values(options), grad_factor)
 
 
 def lion_(
@@ -202,6 +230,11 @@ def _check_weights(i: int, t: StepTensor) -> None:
         raise ConfigError(
             f"extra of tensor {i} is {found}: must be one of {allowed} for {t.weights.dtype}"
         )
+
+
+def _check_second(i: int, t: StepTensor, expected: int) -> None:
+    if t.second is None or t.second.dtype != torch.float32 or t.second.numel() != expected:
+        raise ConfigError(f"second of tensor {i}: must be fp32 of {expected} elements")
 
 
 def _check_moments(i: int, t: StepTensor, signed: Sequence[bool]) -> None:

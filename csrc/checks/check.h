@@ -69,6 +69,7 @@ void check_adam_mini(Checks& checks, std::mt19937& random);
 void check_adamw(Checks& checks, std::mt19937& random);
 void check_adan(Checks& checks, std::mt19937& random);
 void check_lion(Checks& checks, std::mt19937& random);
+void check_mofo(Checks& checks, std::mt19937& random);
 void check_square_sums(Checks& checks, std::mt19937& random);
 
 }  // namespace commrt

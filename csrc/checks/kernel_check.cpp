@@ -271,6 +271,7 @@ constexpr Op kOps[] = {
     {"adamw", check_adamw},
     {"adan", check_adan},
     {"lion", check_lion},
+    {"mofo", check_mofo},
     {"square_sums", check_square_sums},
 };
 

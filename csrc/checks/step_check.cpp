@@ -12,6 +12,7 @@ void adam_mini(const StepList&, std::int64_t, std::int64_t);
 void adamw(const StepList&, std::int64_t, std::int64_t);
 void adan(const StepList&, std::int64_t, std::int64_t);
 void lion(const StepList&, std::int64_t, std::int64_t);
+void mofo(const StepList&, std::int64_t, std::int64_t);
 void square_sums(const SquaresList&, std::int64_t, std::int64_t);
 }  // namespace portable
 
@@ -60,7 +61,7 @@ class List {
       put_moment(tensor.moments[k], twin.moments[k], tensor, has_sign[k], index);
     }
     const std::int64_t seconds = second == Second::kOfColumn ? shape.cols : shape.rows;
-    put(&StepTensor::second, tensor, twin, magnitudes(seconds), 4, index);
+    put(&StepTensor::second, tensor, twin, magnitudes(seconds, 1e-3f), 4, index);
     gpu_.push_back(tensor);
     cpu_.push_back(twin);
   }
@@ -101,9 +102,9 @@ class List {
     for (std::uint8_t& byte : all) byte = static_cast<std::uint8_t>(random_());
     return all;
   }
-  std::vector<std::uint8_t> magnitudes(std::int64_t count) {
+  std::vector<std::uint8_t> magnitudes(std::int64_t count, float size) {
     std::vector<std::uint8_t> all(static_cast<std::size_t>(4 * count));
-    std::uniform_real_distribution<float> uniform(0.0f, 1e-5f);
+    std::uniform_real_distribution<float> uniform(0.0f, size);
     for (std::int64_t i = 0; i < count; ++i) {
       const float x = uniform(random_);
       std::memcpy(all.data() + 4 * i, &x, 4);
@@ -127,12 +128,13 @@ class List {
     Buffer& values =
         buffer(is_coded   ? bytes(numel)
                : has_sign ? floats(numel, is_half ? DType::kBFloat16 : DType::kFloat32, 1e-3f)
-                          : magnitudes(numel),
+                          : magnitudes(numel, 1e-5f),
                index % 2 ? size : 0);
     moment.values = values.gpu();
     twin.values = values.cpu();
     if (!is_coded) return;
-    Buffer& scales = buffer(magnitudes(tensor.rows * segments_per_row(tensor)), index % 2 ? 4 : 0);
+    Buffer& scales =
+        buffer(magnitudes(tensor.rows * segments_per_row(tensor), 1e-5f), index % 2 ? 4 : 0);
     moment.scales = reinterpret_cast<float*>(scales.gpu());
     twin.scales = reinterpret_cast<float*>(scales.cpu());
   }
@@ -199,6 +201,9 @@ void check_adan(Checks& checks, std::mt19937& random) {
 }
 void check_lion(Checks& checks, std::mt19937& random) {
   check_step(checks, random, "lion", portable::lion, cuda::lion, {true}, false);
+}
+void check_mofo(Checks& checks, std::mt19937& random) {
+  check_step(checks, random, "mofo", portable::mofo, cuda::mofo, {true, false}, false);
 }
 
 void check_square_sums(Checks& checks, std::mt19937& random) {

@@ -14,6 +14,7 @@ namespace commrt {
   void rescale(const RescaleArgs&, std::int64_t, std::int64_t);                                    \
   void adam_mini(const StepList&, std::int64_t, std::int64_t);                                     \
   void adamw(const StepList&, std::int64_t, std::int64_t);                                         \
+  void mofo(const StepList&, std::int64_t, std::int64_t);                                          \
   void lion(const StepList&, std::int64_t, std::int64_t);                                          \
   void adan(const StepList&, std::int64_t, std::int64_t);                                          \
   void square_sums(const SquaresList&, std::int64_t, std::int64_t);                                \
@@ -21,8 +22,8 @@ namespace commrt {
   float read(const float*, std::int64_t);                                                          \
   const Kernels kernels = {                                                                        \
       #isa,        block_encode, block_decode, loco_encode, decode_average, decode_average_encode, \
-      rescale,     adam_mini,    adamw,        lion,        adan,           square_sums,           \
-      copy_stream, read};                                                                          \
+      rescale,     adam_mini,    adamw,        mofo,        lion,           adan,                  \
+      square_sums, copy_stream,  read};                                                            \
   }
 
 COMMRT_DECLARE_KERNELS(portable)

@@ -17,6 +17,7 @@ struct Kernels {
   void (*rescale)(const RescaleArgs&, std::int64_t begin, std::int64_t end);
   void (*adam_mini)(const StepList&, std::int64_t begin, std::int64_t end);
   void (*adamw)(const StepList&, std::int64_t begin, std::int64_t end);
+  void (*mofo)(const StepList&, std::int64_t begin, std::int64_t end);
   void (*lion)(const StepList&, std::int64_t begin, std::int64_t end);
   void (*adan)(const StepList&, std::int64_t begin, std::int64_t end);
   void (*square_sums)(const SquaresList&, std::int64_t begin, std::int64_t end);

@@ -89,6 +89,10 @@ COMMRT_INLINE Vf where_greater(Vf x, Vf threshold, Vf value) {
   return {_mm256_and_ps(_mm256_cmp_ps(x.low, threshold.low, _CMP_GT_OQ), value.low),
           _mm256_and_ps(_mm256_cmp_ps(x.high, threshold.high, _CMP_GT_OQ), value.high)};
 }
+COMMRT_INLINE Vf where_less(Vf a, Vf b, Vf yes, Vf no) {
+  return {_mm256_blendv_ps(no.low, yes.low, _mm256_cmp_ps(a.low, b.low, _CMP_LT_OQ)),
+          _mm256_blendv_ps(no.high, yes.high, _mm256_cmp_ps(a.high, b.high, _CMP_LT_OQ))};
+}
 COMMRT_INLINE __m256 sign_of_half(__m256 x) {
   const __m256 negative = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_LT_OQ);
   return _mm256_blendv_ps(_mm256_set1_ps(1.0f), _mm256_set1_ps(-1.0f), negative);

@@ -53,6 +53,9 @@ COMMRT_INLINE std::uint32_t max_lanes(Vu x) { return _mm512_reduce_max_epu32(x);
 COMMRT_INLINE Vf where_greater(Vf x, Vf threshold, Vf value) {
   return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, threshold, _CMP_GT_OQ), value);
 }
+COMMRT_INLINE Vf where_less(Vf a, Vf b, Vf yes, Vf no) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), no, yes);
+}
 COMMRT_INLINE Vf sign_of(Vf x) {
   const __mmask16 negative = _mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ);
   return _mm512_mask_blend_ps(negative, broadcast(1.0f), broadcast(-1.0f));

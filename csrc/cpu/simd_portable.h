@@ -85,6 +85,8 @@ COMMRT_INLINE std::uint32_t max_lanes(Vu x) {
 COMMRT_INLINE Vf where_greater(Vf x, Vf threshold, Vf value) {
   return x > threshold ? value : Vf{};
 }
+// yes where a < b, else no
+COMMRT_INLINE Vf where_less(Vf a, Vf b, Vf yes, Vf no) { return a < b ? yes : no; }
 // +1 or -1: the sign of a 1-bit code
 COMMRT_INLINE Vf sign_of(Vf x) { return x < Vf{} ? broadcast(-1.0f) : broadcast(1.0f); }
 

@@ -12,6 +12,7 @@
 namespace commrt::COMMRT_ISA {
 
 using V = Vf;
+COMMRT_INLINE V magnitude(V x) { return as_floats(abs_bits(x)); }
 
 }  // namespace commrt::COMMRT_ISA
 
@@ -112,9 +113,9 @@ COMMRT_INLINE void step_segments(const StepList& list, std::int64_t begin, std::
       Rule::operator()(g, w, m);
     }
   };
-  const AtAnyPlace rule(list.options);
   constexpr std::int64_t per_unit = kUnitElements / kSegment;
   for_each_tensor(list, begin, end, [&](const StepTensor& tensor, auto first, auto last) {
+    const AtAnyPlace rule(list.options, tensor);
     const std::int64_t per_row = segments_per_row(tensor), total = tensor.rows * per_row;
     const std::int64_t end_segment = last * per_unit < total ? last * per_unit : total;
     with_dtype(tensor.grad_dtype, [&]<DType dtype>() {

@@ -21,6 +21,7 @@ void rescale(const RescaleArgs& args, std::int64_t num_blocks, Queue queue);
 
 void adam_mini(const StepList& list, Queue queue);
 void adamw(const StepList& list, Queue queue);
+void mofo(const StepList& list, Queue queue);
 void lion(const StepList& list, Queue queue);
 void adan(const StepList& list, Queue queue);
 void square_sums(const SquaresList& list, Queue queue);

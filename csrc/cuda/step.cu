@@ -58,6 +58,7 @@ void adam_mini(const StepList& list, Queue queue) {
 }
 
 void adamw(const StepList& list, Queue queue) { step(list, queue, kKernels<AdamWRule>); }
+void mofo(const StepList& list, Queue queue) { step(list, queue, kKernels<MofoRule>); }
 void lion(const StepList& list, Queue queue) { step(list, queue, kKernels<LionRule>); }
 void adan(const StepList& list, Queue queue) { step(list, queue, kKernels<AdanRule>); }
 

@@ -17,6 +17,10 @@ __device__ __forceinline__ V sqrt(V x) { return root(x); }
 __device__ __forceinline__ V where_greater(V x, V threshold, V value) {
   return x > threshold ? value : 0.0f;
 }
+__device__ __forceinline__ V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
+__device__ __forceinline__ V magnitude(V x) {
+  return bits_to_float(float_to_bits(x) & 0x7fffffffu);
+}
 
 }  // namespace commrt::cuda
 
@@ -100,17 +104,14 @@ __device__ __forceinline__ float decode_level(std::uint8_t byte, float scale) {
   const auto code = static_cast<float>(static_cast<std::int8_t>(byte));
   if constexpr (format == MomentFormat::kLinear8) return code * scale;
   if constexpr (format == MomentFormat::kSquare8) {
-    return code * bits_to_float(float_to_bits(code) & 0x7fffffffu) * scale;
+    return code * magnitude(code) * scale;
   }
   const float level = code + kUnsignedBias, square = level * level;
   return square * square * scale;
 }
 
-__device__ __forceinline__ float magnitude_of(float x) {
-  return bits_to_float(float_to_bits(x) & 0x7fffffffu);
-}
-__device__ __forceinline__ float with_sign_of(float magnitude, float sign) {
-  return bits_to_float(float_to_bits(magnitude) | (float_to_bits(sign) & 0x80000000u));
+__device__ __forceinline__ float with_sign_of(float size, float sign) {
+  return bits_to_float(float_to_bits(size) | (float_to_bits(sign) & 0x80000000u));
 }
 
 // A code, rounded to nearest, or by a uniform number.
@@ -125,7 +126,7 @@ __device__ __forceinline__ std::uint8_t encode_level(float x, float inverse, boo
       code = clamp_level(below + (code - below > uniform ? 1.0f : 0.0f), 127.0f);
     }
   } else if constexpr (format == MomentFormat::kSquare8) {
-    const float level = magnitude_of(x) * inverse;
+    const float level = magnitude(x) * inverse;
     code = root(level);
     if (is_drawn) {
       const float below = floor_even(code);
@@ -288,7 +289,7 @@ __global__ void __launch_bounds__(kThreads) step_kernel(Batch<StepTensor> batch)
   std::int64_t unit = warp_index();
   if (unit >= batch.first_unit[batch.count]) return;
   const StepTensor& tensor = find_tensor(batch, unit);
-  const Rule rule(batch.options);
+  const Rule rule(batch.options, tensor);
   step_segment<Rule, storage>(
       tensor, unit,
       [&](const Lane&, int, float g, float& w, float (&m)[Rule::kMoments]) { rule(g, w, m); });

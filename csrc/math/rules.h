@@ -1,5 +1,6 @@
 // The rules of the optimizers, for sixteen elements of a CPU's vector or one of a GPU's thread: V, with
-// broadcast, add, sub, mul, div, sqrt and where_greater of the namespace that includes this.
+// broadcast, add, sub, mul, div, sqrt, magnitude, where_greater and where_less of the namespace that
+// includes this.
 #pragma once
 
 #include "../step.h"
@@ -35,7 +36,7 @@ struct AdamWRule {
   static constexpr MomentFormat kEightBits[] = {MomentFormat::kSquare8, MomentFormat::kFourth8};
   V keep, share, keep_square, share_square, decay, size, correction, eps;
 
-  COMMRT_RULE explicit AdamWRule(const StepOptions& options) {
+  COMMRT_RULE AdamWRule(const StepOptions& options, const StepTensor&) {
     const float grad = grad_multiplier(options);
     keep = broadcast(options.beta1);
     share = broadcast((1.0f - options.beta1) * grad);
@@ -55,13 +56,27 @@ struct AdamWRule {
   }
 };
 
+// AdamW's, but w stays as it is where |m| < threshold, so not where m is no number.
+struct MofoRule : AdamWRule {
+  V threshold;
+
+  COMMRT_RULE MofoRule(const StepOptions& options, const StepTensor& tensor)
+      : AdamWRule(options, tensor), threshold(broadcast(*tensor.second)) {}
+
+  COMMRT_RULE void operator()(V g, V& w, V (&m)[kMoments]) const {
+    const V before = w;
+    AdamWRule::operator()(g, w, m);
+    w = where_less(magnitude(m[0]), threshold, before, w);
+  }
+};
+
 // w <- decay w - step_size sign(beta1 m + (1 - beta1) g);  m <- beta2 m + (1 - beta2) g.
 struct LionRule {
   static constexpr int kMoments = 1;
   static constexpr MomentFormat kEightBits[] = {MomentFormat::kSquare8};
   V keep, share, keep_after, share_after, decay, size;
 
-  COMMRT_RULE explicit LionRule(const StepOptions& options) {
+  COMMRT_RULE LionRule(const StepOptions& options, const StepTensor&) {
     const float grad = grad_multiplier(options);
     keep = broadcast(options.beta1);
     share = broadcast((1.0f - options.beta1) * grad);
@@ -90,7 +105,7 @@ struct AdanRule {
   V grad, keep, share, keep_difference, share_difference, keep_square, share_square;
   V decay, size, difference_size, correction, eps, has_before;
 
-  COMMRT_RULE explicit AdanRule(const StepOptions& options) {
+  COMMRT_RULE AdanRule(const StepOptions& options, const StepTensor&) {
     grad = broadcast(grad_multiplier(options));
     keep = broadcast(options.beta1);
     share = broadcast(1.0f - options.beta1);

@@ -47,10 +47,10 @@ SHIM_TIERS = {
 OPS = (
     *("block_decode", "block_encode", "decode_average", "decode_average_encode"),
     *("loco_encode", "rescale"),
-    *("adam_mini", "adamw", "adan", "lion", "square_sums"),
+    *("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums"),
 )
 # Kernels have the names of ops; those of the steps share these two.
-SHARED_KERNELS = {"step": ("adamw", "adan", "lion"), "second": ("adam_mini",)}
+SHARED_KERNELS = {"step": ("adamw", "adan", "lion", "mofo"), "second": ("adam_mini",)}
 
 
 def check_program(tier: str) -> Path:

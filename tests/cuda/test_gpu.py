@@ -57,12 +57,14 @@ def every_op(flat: Tensor, fmt: BlockFormat) -> list[Tensor]:
 @pytest.mark.parametrize("name", steps.SIGNED)
 @pytest.mark.parametrize(("weights", "grad", "moments"), steps.FORMATS, ids=str)
 def test_steps_give_the_bits_of_the_cpu(name, weights, grad, moments) -> None:
-    second = ops.Second.UPDATED if name == "adam_mini_" else None
     formats = steps.Formats(*weights, grad, moments)
     tensors = [
-        steps.make(64, cols, steps.SIGNED[name], formats, second=second, stochastic=True, seed=cols)
+        steps.make(
+            64, cols, steps.SIGNED[name], formats, stochastic=True, seed=cols,
+            **steps.OTHERS.get(name, {}),
+        )
         for cols in (1, 300, 4096)
-    ]
+    ]  # fmt: skip
     on_gpu = [steps.copy(tensor, "cuda") for tensor in tensors]
     getattr(ops, name)(tensors, steps.OPTIONS)
     getattr(ops, name)(on_gpu, steps.OPTIONS)

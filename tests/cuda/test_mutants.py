@@ -13,7 +13,7 @@ from tests.cuda.building import CSRC, attempt, mutant_program
 
 DIFFERENT, RACE, OVERFLOW = "DIFFERENT", "data race", "heap-buffer-overflow"
 # Ops whose kernels are in a file of another name.
-STEPS = ("adam_mini", "adamw", "adan", "lion", "square_sums")
+STEPS = ("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums")
 SOURCES = {"block_decode": "decode", "decode_average": "decode", **dict.fromkeys(STEPS, "step")}
 
 

@@ -30,6 +30,12 @@ SIGNED = {
     "adamw_": (True, False),
     "lion_": (True,),
     "adan_": (True, True, False, True),
+    "mofo_": (True, False),
+}
+# What a tensor of an op has besides, as make() takes it.
+OTHERS: dict[str, dict[str, Any]] = {
+    "adam_mini_": {"second": Second.UPDATED},
+    "mofo_": {"threshold": 6e-4},  # of about half the moments
 }
 OPTIONS = StepOptions(
     beta1=0.9, beta2=0.95, decay=0.999, step_size=1e-3, root_correction=0.7,
@@ -55,6 +61,7 @@ def make(
     *,
     seed: int = 0,
     second: Second | None = None,
+    threshold: float | None = None,
     **options: Any,
 ) -> StepTensor:
     """A tensor of random content, with the state of any step."""
@@ -85,6 +92,7 @@ def make(
         torch.int8: codes(numel),
     }[formats.extra]
     counts = {Second.OF_COLUMN: cols}
+    of_tensor = None if threshold is None else torch.tensor([threshold])
     return StepTensor(
         weights=weights.to(formats.weights),
         grad=normal(numel, 1e-3).to(formats.grad),
@@ -93,7 +101,7 @@ def make(
         cols=cols,
         scales=tuple(scales),
         extra=extra,
-        second=None if second is None else uniform(counts.get(second, rows), 1e-6),
+        second=of_tensor if second is None else uniform(counts.get(second, rows), 1e-6),
         second_from=second or Second.UPDATED,
         seed=1234567,
         **{"index_stride": cols, **options},

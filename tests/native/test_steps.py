@@ -9,7 +9,7 @@ from commrt import ops
 from commrt.errors import ConfigError
 from commrt.ops import Second, StepOptions
 from tests.native import cases, steps
-from tests.native.steps import FORMATS, OPTIONS, SIGNED, Formats, make, run_everywhere
+from tests.native.steps import FORMATS, OPTIONS, OTHERS, SIGNED, Formats, make, run_everywhere
 
 
 def awkward(name: str, formats: Formats) -> list[ops.StepTensor]:
@@ -20,7 +20,7 @@ def awkward(name: str, formats: Formats) -> list[ops.StepTensor]:
         return [
             make(
                 *shape, signed, formats, seed=i, stochastic=i % 2 == 0, first_index=7,
-                index_stride=512,
+                index_stride=512, **OTHERS.get(name, {}),
             )
             for i, shape in enumerate(shapes)
         ]  # fmt: skip
@@ -52,8 +52,7 @@ def test_every_path_equals_the_specification(name, weights, grad, moments):
 def test_numbers_that_are_not_finite_stay_where_they_are(name):
     """In their segment, where a moment has 8 bits, and for adam_mini_ in their block."""
     for moments in steps.STORAGES:
-        second = Second.UPDATED if name == "adam_mini_" else None
-        tensor = make(8, 600, SIGNED[name], Formats(moments=moments), second=second)
+        tensor = make(8, 600, SIGNED[name], Formats(moments=moments), **OTHERS.get(name, {}))
         tensor.grad[3 * 600 + 300] = math.nan
         tensor.grad[5 * 600 + 599] = math.inf
         [stepped] = run_everywhere(name, [tensor])
@@ -104,9 +103,12 @@ def test_adam_mini_is_the_paper_s_rule():
     torch.testing.assert_close(tensor.weights.double(), weights, rtol=2e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize(("name", "peer"), [("adamw_", torch.optim.AdamW)])
+@pytest.mark.parametrize(
+    ("name", "peer"), [("adamw_", torch.optim.AdamW), ("mofo_", torch.optim.AdamW)]
+)
 def test_steps_are_those_of_torch(name, peer):
-    tensor = make(1, 1000, SIGNED[name])
+    """Mofo's with a threshold that leaves nothing out."""
+    tensor = make(1, 1000, SIGNED[name], threshold=0.0)
     for moment in tensor.moments:
         moment.zero_()
     parameter = torch.nn.Parameter(tensor.weights.clone())
@@ -121,6 +123,27 @@ def test_steps_are_those_of_torch(name, peer):
         )  # fmt: skip
         getattr(ops, name)([tensor], options)
     torch.testing.assert_close(tensor.weights, parameter.detach(), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(("weights", "extra"), steps.WEIGHTS)
+def test_mofo_is_adamw_where_the_moment_is_large_and_nothing_elsewhere(weights, extra):
+    """A moment as large as the threshold is large, and so is what is not a number."""
+    tensor = make(3, 601, SIGNED["mofo_"], Formats(weights, extra), threshold=0.0)
+    if extra == torch.float32:
+        tensor.weights.copy_(tensor.extra)
+    tensor.grad[5] = math.nan
+    [every] = steps.by_specification("adamw_", [tensor], options=OPTIONS)
+    size = every.moments[0].abs()
+    tensor.second.copy_(size.nanmedian())
+    [stepped] = run_everywhere("mofo_", [tensor])
+    is_small = size < tensor.second
+    assert is_small.sum() == 900
+    assert stepped.weights[5].isnan()
+    for part in ("weights", "extra") if extra else ("weights",):
+        found, before, moved = (getattr(t, part) for t in (stepped, tensor, every))
+        cases.assert_same_bits(found, torch.where(is_small, before, moved))
+    for found, wanted in zip(stepped.moments, every.moments, strict=True):
+        cases.assert_same_bits(found, wanted)
 
 
 def test_stochastic_rounding_has_no_bias():
@@ -223,6 +246,11 @@ def bad(**changes):
 def test_what_would_write_elsewhere_is_refused(changes, message):
     with pytest.raises(ConfigError, match=message):
         ops.adam_mini_([bad(**changes)], OPTIONS)
+
+
+def test_a_threshold_is_one_number():
+    with pytest.raises(ConfigError, match="second of tensor 0: must be fp32 of 1 elements"):
+        ops.mofo_([make(1, 10, SIGNED["mofo_"])], OPTIONS)
 
 
 def test_an_empty_list_is_nothing_to_do():

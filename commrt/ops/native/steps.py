@@ -9,7 +9,7 @@ from torch import Tensor
 from commrt.ops.lists import StepTensor, unflatten
 from commrt.ops.native.module import DTYPE_CODE, native, where
 
-STEPS = ("adam_mini_", "adamw_", "adan_", "lion_")
+STEPS = ("adam_mini_", "adamw_", "adan_", "lion_", "mofo_")
 SCHEMAS = (
     *(
         f"{step}(Tensor(a!)[] weights, Tensor(b!)[] extras, Tensor[] grads, Tensor(c!)[] moments, "

@@ -15,7 +15,7 @@ from commrt.ops.reference.blocks import (
     philox,
     rescale_,
 )
-from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, square_sums
+from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
 __all__ = [
     "STREAM_CODES",
@@ -29,6 +29,7 @@ __all__ = [
     "decode_average_encode",
     "lion_",
     "loco_encode",
+    "mofo_",
     "philox",
     "rescale_",
     "square_sums",

@@ -43,6 +43,25 @@ def adam_mini_(*arguments: Any) -> None:
 def adamw_(*arguments: Any) -> None:
     """See :func:`commrt.ops.adamw_`."""
     tensors, o, grad = _unpack(*arguments)
+    for t in tensors:
+        _step(t, _adamw_rule(o, grad), ("square", "fourth"))
+
+
+def mofo_(*arguments: Any) -> None:
+    """See :func:`commrt.ops.mofo_`."""
+    tensors, o, grad = _unpack(*arguments)
+    adamw = _adamw_rule(o, grad)
+    for t in tensors:
+        assert t.second is not None
+
+        def rule(g: Tensor, w: Tensor, m: list[Tensor], threshold: Tensor = t.second) -> Tensor:
+            stepped = adamw(g, w, m)
+            return torch.where(m[0].abs() < threshold, w, stepped)
+
+        _step(t, rule, ("square", "fourth"))
+
+
+def _adamw_rule(o: "_Coefficients", grad: Tensor) -> Rule:
     share, share_square = (1 - o.beta1) * grad, (1 - o.beta2) * (grad * grad)
 
     def rule(g: Tensor, w: Tensor, m: list[Tensor]) -> Tensor:
@@ -51,8 +70,7 @@ def adamw_(*arguments: Any) -> None:
         divisor = root(m[1]) / o.root_correction + o.eps
         return o.decay * w - o.step_size * m[0] / divisor
 
-    for t in tensors:
-        _step(t, rule, ("square", "fourth"))
+    return rule
 
 
 def lion_(*arguments: Any) -> None:
