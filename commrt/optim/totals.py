@@ -113,14 +113,18 @@ class _Pool:
         self.was_reduced = False
         self._layouts = layouts
         self._slots: dict[Layout, _Slots] = {}
-        first = _FIRST_SLOT
-        self._num_shared = sum(end - begin for some in ranges for begin, end in some)
-        for layout, shared in zip(layouts, ranges, strict=True):
-            slots = _Slots(layout, shared, first, device)
-            first += slots.number
-            if slots.number:
-                self._slots[layout] = slots
-        self.buffer = torch.zeros(first, dtype=torch.float64, device=device)
+        # What travels first, and then what only this rank has.
+        own = [_merged(_whole_columns(layout)) for layout in layouts]
+        after_shared = _FIRST_SLOT + sum(map(_number, ranges))
+        at_shared, at_own = _FIRST_SLOT, after_shared
+        for layout, shared, private in zip(layouts, ranges, own, strict=True):
+            if shared or private:
+                starts = [(at_shared, shared), (at_own, private)]
+                self._slots[layout] = _Slots(layout, starts, device)
+            at_shared += _number(shared)
+            at_own += _number(private)
+        self.buffer = torch.zeros(at_own, dtype=torch.float64, device=device)
+        self._shared = self.buffer[:after_shared]
 
     def sum(self, grads: Gradients, found_inf: Tensor | None, wants_norm: bool) -> None:
         self.buffer.zero_()
@@ -134,16 +138,17 @@ class _Pool:
             if layout in self._slots:
                 self._slots[layout].add(jobs, grad)
         jobs.run(self.buffer)
-        self.was_reduced = bool(self.groups) and (wants_norm or self._num_shared > 0)
+        has_blocks = self._shared.numel() > _FIRST_SLOT
+        self.was_reduced = bool(self.groups) and (wants_norm or has_blocks)
         if not self.was_reduced:
             return
         if found_inf is not None:
             self.buffer[_FOUND_INF] = found_inf.sum().to(self.device, torch.float64)
         for group in self.groups:
             carrier = _carrier(group, self.device)
-            travelling = self.buffer.to(carrier)
+            travelling = self._shared.to(carrier)
             dist.all_reduce(travelling, group=group)
-            self.buffer.copy_(travelling)
+            self._shared.copy_(travelling)
 
     def update_second(
         self, layout: Layout, second: Tensor, beta2: float, grad_factor: Tensor | None
@@ -162,22 +167,20 @@ class _Slots:
     """Where a tensor's blocks are in the buffer of sums.
 
     Attributes:
-        number: Of blocks in the buffer.
         lines_N: Places of second moments in the rank's state.
         slot_N: The slot of each.
         numel_N: Elements of each one's block.
     """
 
-    def __init__(self, layout: Layout, shared: Ranges, first: int, device: torch.device) -> None:
-        own = _merged(
-            [(int(c.block_of[0]), int(c.block_of[-1]) + 1) for c in layout.columns if c.is_whole]
-        )
-        ranges = [*shared, *own]
-        self.number = sum(end - begin for begin, end in ranges)
+    def __init__(
+        self, layout: Layout, starts: Sequence[tuple[int, Ranges]], device: torch.device
+    ) -> None:
         self._cut = [section for section in layout.sections if not section.is_whole]
         self._columns = layout.columns
-        block_B = torch.cat([torch.arange(begin, end) for begin, end in ranges] or [_nothing()])
-        slot_of = {int(block): first + place for place, block in enumerate(block_B.tolist())}
+        slot_of: dict[int, int] = {}
+        for first, ranges in starts:
+            numbers = (block for begin, end in ranges for block in range(begin, end))
+            slot_of |= {block: slot for slot, block in enumerate(numbers, first)}
 
         def slots(blocks: Tensor) -> Tensor:
             return torch.tensor([slot_of[block] for block in blocks.tolist()], dtype=torch.int64)
@@ -265,6 +268,17 @@ def _cut_blocks(layout: Layout) -> Iterator[tuple[int, int]]:
     for columns in layout.columns:
         if not columns.is_whole:
             yield int(columns.block_of[0]), int(columns.block_of[-1]) + 1
+
+
+def _whole_columns(layout: Layout) -> Iterator[tuple[int, int]]:
+    """Ranges of blocks of columns that this rank has."""
+    for columns in layout.columns:
+        if columns.is_whole:
+            yield int(columns.block_of[0]), int(columns.block_of[-1]) + 1
+
+
+def _number(ranges: Ranges) -> int:
+    return sum(end - begin for begin, end in ranges)
 
 
 def _merged(ranges: Iterator[tuple[int, int]] | Ranges) -> Ranges:
