@@ -174,11 +174,17 @@ SHAPES = [
 ]
 
 
-def given_weights(options: dict[str, Any]) -> tuple[list[nn.Parameter], list[list[Tensor]], Any]:
+def given_weights(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> tuple[list[nn.Parameter], list[list[Tensor]], Any]:
     """Parameters of every shape, gradients of three steps, and the optimizer's options."""
     generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape, _ in SHAPES]
-    grads = [[torch.randn(shape, generator=generator) for shape, _ in SHAPES] for _ in range(3)]
+
+    def draw() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator).to(dtype) for shape, _ in SHAPES]
+
+    parameters = [nn.Parameter(value) for value in draw()]
+    grads = [draw() for _ in range(3)]
     texts = {f"p{i}": text for i, (_, text) in enumerate(SHAPES)}
     return parameters, grads, {"lr": 0.1, "max_grad_norm": 3.0, "partition": texts, **options}
 
@@ -205,13 +211,13 @@ def placements_for(shape: tuple[int, ...]) -> list[tuple[Any, ...]]:
     return found
 
 
-def any_placement(options: dict[str, Any]) -> None:
+def any_placement(dtype: torch.dtype, options: dict[str, Any], most_different: float) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    whole, grads, options = given_weights(options)
+    whole, grads, options = given_weights(dtype, options)
     stepped(whole, grads, options)
     number = max(len(placements_for(shape)) for shape, _ in SHAPES)
     for choice in range(number):
-        given, _, _ = given_weights({})
+        given, _, _ = given_weights(dtype, {})
         cut = []
         for parameter in given:
             places = placements_for(tuple(parameter.shape))
@@ -220,21 +226,24 @@ def any_placement(options: dict[str, Any]) -> None:
         stepped(cut, grads, options)
         for (shape, text), expected, found in zip(SHAPES, whole, cut, strict=True):
             case = f"{shape} {text} {found.placements}"
-            torch.testing.assert_close(
-                found.full_tensor(),
-                expected,
-                rtol=1e-5,
-                atol=1e-6,
-                msg=lambda m, c=case: f"{c}: {m}",
-            )
+            differs = (found.full_tensor() - expected).abs() > 1e-5
+            assert differs.float().mean().item() <= most_different, case
 
 
-@pytest.mark.parametrize("momentum_dtype", ["fp32", "int8"])
-def test_any_placement(momentum_dtype):
-    run_ranks(any_placement, {"momentum_dtype": momentum_dtype}, world_size=4, timeout_s=60)
+@pytest.mark.parametrize(
+    ("dtype", "options", "most_different"),
+    [
+        (torch.float32, {}, 0.0),
+        (torch.float32, {"momentum_dtype": "int8"}, 0.0),
+        # Where a sum is rounded differently, a weight can be, too.
+        (torch.bfloat16, {"weight_mode": "stochastic"}, 0.02),
+    ],
+)
+def test_any_placement(dtype, options, most_different):
+    run_ranks(any_placement, dtype, options, most_different, world_size=4, timeout_s=60)
 
 
-# -- ranks that differ ------------------------------------------------------------------------------
+# -- ranks that differ ----------------------------------------------------------------------------
 
 
 def other_options() -> None:
