@@ -1,5 +1,9 @@
 """Optimizers with a fraction of Adam's state."""
 
 from commrt.optim.adam_mini import AdamMini
+from commrt.optim.adamw import AdamW8bit
+from commrt.optim.adan import Adan
+from commrt.optim.lion import Lion
+from commrt.optim.mofo import MoFO
 
-__all__ = ["AdamMini"]
+__all__ = ["AdamMini", "AdamW8bit", "Adan", "Lion", "MoFO"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -12,7 +11,8 @@ from torch import Tensor, nn
 
 from commrt import ops
 from commrt.errors import ConfigError
-from commrt.ops import Second, StepOptions, StepTensor
+from commrt.ops import Second, StepTensor
+from commrt.optim.adamw import MOMENTS, adam_options
 from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
 from commrt.optim.partition import Blocks, Place, by_shape, find_blocks, parse, whole
 from commrt.optim.parts import Part, State, flat
@@ -170,24 +170,14 @@ class AdamMini(StepOptimizer):
     def _update(
         self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
     ) -> None:
-        beta1, beta2 = group["betas"]
-        lr = float(group["lr"])
-        options = StepOptions(
-            beta1=beta1,
-            beta2=beta2,
-            eps=group["eps"],
-            decay=1 - lr * group["weight_decay"],
-            step_size=lr / (1 - beta1**step),
-            root_correction=math.sqrt(1 - beta2**step),
-            grad_scale=-1.0 if self.maximize else 1.0,
-        )
+        options = adam_options(group, step, self.maximize)
         in_blocks: list[StepTensor] = []
         by_element: list[StepTensor] = []
         for part in parts:
             if part.layout.blocks.axis == "element":
-                by_element.extend(part.tensors(("exp_avg", "exp_avg_sq")))
+                by_element.extend(part.tensors(MOMENTS))
             else:
-                self._update_second(part, beta2, grad_factor)
+                self._update_second(part, group["betas"][1], grad_factor)
                 in_blocks.extend(_in_blocks(part))
         ops.adam_mini_(in_blocks, options, grad_factor=grad_factor)
         ops.adamw_(by_element, options, grad_factor=grad_factor)

@@ -185,6 +185,7 @@ class StepOptimizer(Optimizer):
         factor = None if scale is None else scale.float().reciprocal()
         if self.max_grad_norm is not None:
             factor = self._clip(totals, factor, self.max_grad_norm)
+        self._prepare(list(zip(self.param_groups, parts, strict=True)), factor)
         for group, some in zip(self.param_groups, parts, strict=True):
             by_step: dict[int, list[Part]] = {}
             for part in some:
@@ -244,6 +245,11 @@ class StepOptimizer(Optimizer):
         """Of blocks that the step cannot sum by itself."""
         assert self._totals is not None
         self._totals.update_second(part.layout, part.state("exp_avg_sq"), beta2, grad_factor)
+
+    def _prepare(
+        self, groups: Sequence[tuple[dict[str, Any], Sequence[Part]]], grad_factor: Tensor | None
+    ) -> None:
+        """What else ranks have to do together before a step; all call, with or without parts."""
 
     def _update(
         self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None

@@ -89,10 +89,10 @@ class Part:
             **rule,
         )
 
-    def tensors(self, moments: Sequence[str]) -> Iterator[StepTensor]:
+    def tensors(self, moments: Sequence[str], **rule: Any) -> Iterator[StepTensor]:
         """All of its rows."""
         for piece in self.layout.pieces:
-            yield self.tensor(piece, moments)
+            yield self.tensor(piece, moments, **rule)
 
     def write_back(self) -> None:
         """What is not contiguous was stepped as a copy."""

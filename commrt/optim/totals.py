@@ -144,11 +144,7 @@ class _Pool:
             return
         if found_inf is not None:
             self.buffer[_FOUND_INF] = found_inf.sum().to(self.device, torch.float64)
-        for group in self.groups:
-            carrier = _carrier(group, self.device)
-            travelling = self._shared.to(carrier)
-            dist.all_reduce(travelling, group=group)
-            self._shared.copy_(travelling)
+        sum_over(self._shared, self.groups)
 
     def update_second(
         self, layout: Layout, second: Tensor, beta2: float, grad_factor: Tensor | None
@@ -254,6 +250,14 @@ class _Jobs:
         )
         # Unlike index_add_, in the same order on every replica.
         buffer.index_put_((torch.cat(self._slots),), sums, accumulate=True)
+
+
+def sum_over(values: Tensor, groups: Groups) -> None:
+    """All-reduce in place, over one group after the other."""
+    for group in groups:
+        travelling = values.to(_carrier(group, values.device))
+        dist.all_reduce(travelling, group=group)
+        values.copy_(travelling)
 
 
 def _nothing() -> Tensor:

@@ -1,0 +1,103 @@
+"""AdamW with moments of 8 bits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commrt import ops
+from commrt.ops import StepOptions
+from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
+from commrt.optim.parts import Part
+from commrt.optim.sections import Layout
+from commrt.optim.states import Forms
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamW8bit(StepOptimizer):
+    """AdamW whose two moments have 8 bits each: 2.03 bytes of state a parameter for AdamW's 8.
+
+    What is left of Adam-mini's saving if every weight keeps a learning rate of its own. Momentum is
+    coded by the square of the code, the second moment by its fourth power, both with a scale for
+    256 elements of a row; small parameters and vectors keep fp32.
+
+    Args:
+        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
+            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
+        lr: Learning rate, a number or a scalar tensor.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root, after bias correction.
+        weight_decay: Decoupled.
+        model: That the parameters are of, if they are FSDP's and ``params`` is not it.
+        momentum_dtype: "int8"; or "bf16" with an fp32 second moment; or "fp32", which is AdamW.
+        weight_mode: As of :class:`commrt.optim.AdamMini`.
+        maximize: Go up.
+        max_grad_norm: Clip gradients to this global norm in the step, without changing them.
+        seed: Of stochastic rounding; the same on all ranks of data-parallel training.
+
+    Raises:
+        ConfigError: A value is out of range; names it and what is allowed.
+
+    Cost: 2.03 bytes of state a parameter; 16 bytes a step and parameter from and to memory.
+
+    Source: Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022 (arXiv
+    2110.02861), with powers of the code in place of their table.
+    """
+
+    _FORMS = Forms({"exp_avg": "square", "exp_avg_sq": "fourth"})
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        model: nn.Module | None = None,
+        momentum_dtype: MomentumDtype = "int8",
+        weight_mode: WeightMode = "auto",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            model=model,
+            momentum_dtype=momentum_dtype,
+            weight_mode=weight_mode,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
+
+    def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
+        first = moment_dtype(self.momentum_dtype, layout)
+        return {"exp_avg": first, "exp_avg_sq": first if first == torch.int8 else torch.float32}
+
+    def _update(
+        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
+    ) -> None:
+        tensors = [tensor for part in parts for tensor in part.tensors(MOMENTS)]
+        ops.adamw_(tensors, adam_options(group, step, self.maximize), grad_factor=grad_factor)
+
+
+def adam_options(group: dict[str, Any], step: int, maximize: bool) -> StepOptions:
+    """Adam's coefficients in step number ``step``, from 1."""
+    beta1, beta2 = group["betas"]
+    lr = float(group["lr"])
+    return StepOptions(
+        beta1=beta1,
+        beta2=beta2,
+        eps=group["eps"],
+        decay=1 - lr * group["weight_decay"],
+        step_size=lr / (1 - beta1**step),
+        root_correction=math.sqrt(1 - beta2**step),
+        grad_scale=-1.0 if maximize else 1.0,
+    )

@@ -1,0 +1,113 @@
+"""Adan: Nesterov momentum from differences of gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commrt import ops
+from commrt.ops import StepOptions
+from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
+from commrt.optim.parts import Part
+from commrt.optim.sections import Layout
+from commrt.optim.states import Forms
+
+_MOMENTS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
+
+
+class Adan(StepOptimizer):
+    """Adan, with four moments: 16 bytes of state a parameter, or 4.06 with 8 bits.
+
+    ::
+
+        d = g - (the gradient before)
+        m <- beta1 m + (1 - beta1) g;  n <- beta2 n + (1 - beta2) d
+        v <- beta3 v + (1 - beta3) (g + beta2 d)^2
+        w <- (w - lr (m' + beta2 n') / (sqrt(v') + eps)) / (1 + lr weight_decay)
+
+    with m', n' and v' corrected for their bias. Betas are as in its authors' code; the paper's are
+    1 - beta.
+
+    Args:
+        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
+            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
+        lr: Learning rate, a number or a scalar tensor; 5 to 10 times AdamW's in the paper.
+        betas: Decay of gradients, of their differences, and of squares.
+        eps: Added to the root, after bias correction.
+        weight_decay: Decoupled.
+        model: That the parameters are of, if they are FSDP's and ``params`` is not it.
+        momentum_dtype: "fp32"; "bf16", but for squares; or "int8".
+        weight_mode: As of :class:`commrt.optim.AdamMini`.
+        maximize: Go up.
+        max_grad_norm: Clip gradients to this global norm in the step, without changing them.
+        seed: Of stochastic rounding; the same on all ranks of data-parallel training.
+
+    Raises:
+        ConfigError: A value is out of range; names it and what is allowed.
+
+    Source: Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep
+    Models", TPAMI 2024 (arXiv 2208.06677), algorithm 1.
+    """
+
+    _FORMS = Forms(
+        {
+            "exp_avg": "square",
+            "exp_avg_diff": "square",
+            "exp_avg_sq": "fourth",
+            "previous_grad": "square",
+        }
+    )
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float, float] = (0.98, 0.92, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        model: nn.Module | None = None,
+        momentum_dtype: MomentumDtype = "fp32",
+        weight_mode: WeightMode = "auto",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            model=model,
+            momentum_dtype=momentum_dtype,
+            weight_mode=weight_mode,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
+
+    def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
+        chosen = moment_dtype(self.momentum_dtype, layout)
+        square = chosen if chosen == torch.int8 else torch.float32
+        return {name: square if name == "exp_avg_sq" else chosen for name in _MOMENTS}
+
+    def _update(
+        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
+    ) -> None:
+        (beta1, beta2, beta3), lr = group["betas"], float(group["lr"])
+        options = StepOptions(
+            beta1=beta1,
+            beta2=beta2,
+            beta3=beta3,
+            eps=group["eps"],
+            decay=1 / (1 + lr * group["weight_decay"]),
+            step_size=lr / (1 - beta1**step),
+            difference_size=lr * beta2 / (1 - beta2**step),
+            has_before=float(step > 1),
+            root_correction=math.sqrt(1 - beta3**step),
+            grad_scale=-1.0 if self.maximize else 1.0,
+        )
+        tensors = [tensor for part in parts for tensor in part.tensors(_MOMENTS)]
+        ops.adan_(tensors, options, grad_factor=grad_factor)

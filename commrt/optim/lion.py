@@ -1,0 +1,90 @@
+"""Lion: the sign of the momentum."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from commrt import ops
+from commrt.ops import StepOptions
+from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
+from commrt.optim.parts import Part
+from commrt.optim.sections import Layout
+from commrt.optim.states import Forms
+
+
+class Lion(StepOptimizer):
+    """Lion, whose only state is a momentum: 4 bytes a parameter, or 1.02 with 8 bits.
+
+    ::
+
+        w <- (1 - lr weight_decay) w - lr sign(beta1 m + (1 - beta1) g)
+        m <- beta2 m + (1 - beta2) g
+
+    Args:
+        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
+            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
+        lr: Learning rate, a number or a scalar tensor; the paper's are 3 to 10 times smaller than
+            AdamW's, with as much larger a decay.
+        betas: Of the update, and of the momentum.
+        weight_decay: Decoupled.
+        model: That the parameters are of, if they are FSDP's and ``params`` is not it.
+        momentum_dtype: "fp32", "bf16" or "int8".
+        weight_mode: As of :class:`commrt.optim.AdamMini`.
+        maximize: Go up.
+        max_grad_norm: Clip gradients to this global norm in the step, without changing them.
+        seed: Of stochastic rounding; the same on all ranks of data-parallel training.
+
+    Raises:
+        ConfigError: A value is out of range; names it and what is allowed.
+
+    Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023 (arXiv
+    2302.06675), program 1.
+    """
+
+    _FORMS = Forms({"exp_avg": "square"})
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 1e-2,
+        *,
+        model: nn.Module | None = None,
+        momentum_dtype: MomentumDtype = "fp32",
+        weight_mode: WeightMode = "auto",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "weight_decay": weight_decay},
+            model=model,
+            momentum_dtype=momentum_dtype,
+            weight_mode=weight_mode,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
+
+    def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
+        return {"exp_avg": moment_dtype(self.momentum_dtype, layout)}
+
+    def _update(
+        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
+    ) -> None:
+        (beta1, beta2), lr = group["betas"], float(group["lr"])
+        options = StepOptions(
+            beta1=beta1,
+            beta2=beta2,
+            decay=1 - lr * group["weight_decay"],
+            step_size=lr,
+            grad_scale=-1.0 if self.maximize else 1.0,
+        )
+        tensors = [tensor for part in parts for tensor in part.tensors(("exp_avg",))]
+        ops.lion_(tensors, options, grad_factor=grad_factor)

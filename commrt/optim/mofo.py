@@ -1,0 +1,176 @@
+"""MoFO: AdamW that moves only the weights of largest momentum."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from commrt import ops
+from commrt.errors import ConfigError
+from commrt.optim.adamw import MOMENTS, adam_options
+from commrt.optim.base import MOMENTUM_DTYPES, Params, StepOptimizer, WeightMode
+from commrt.optim.parts import Part
+from commrt.optim.sections import Layout
+from commrt.optim.states import Forms
+from commrt.optim.totals import sum_over
+
+# The bits of a magnitude, from above: the largest are found in three rounds.
+_ROUNDS = ((20, 2048), (10, 1024), (0, 1024))
+
+
+class MoFO(StepOptimizer):
+    """AdamW that in each step moves, of every tensor, the fraction of largest momentum.
+
+    All other weights keep their bits, so that a fine-tuned model stays near the one it came from,
+    and what changes can be sent sparse. The tensor is the whole one, in however many ranks it is;
+    equal momenta are all in or all out.
+
+    Args:
+        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
+            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
+        lr: Learning rate, a number or a scalar tensor.
+        betas: Decay of the first and the second moment.
+        eps: Added to the root, after bias correction.
+        weight_decay: Decoupled; of the weights that move.
+        fraction: Of the elements of each tensor, in (0, 1]; rounded up.
+        model: That the parameters are of, if they are FSDP's and ``params`` is not it.
+        momentum_dtype: Of the first moment, "fp32" or "bf16".
+        weight_mode: As of :class:`commrt.optim.AdamMini`.
+        maximize: Go up.
+        max_grad_norm: Clip gradients to this global norm in the step, without changing them.
+        seed: Of stochastic rounding; the same on all ranks of data-parallel training.
+
+    Ranks: all that share parameters must call ``step``; three all-reduces of at most 16 KiB a
+    tensor, for those that several ranks have.
+
+    Raises:
+        ConfigError: A value is out of range; names it and what is allowed.
+
+    Source: Chen et al., "MoFO: Momentum-Filtered Optimizer for Mitigating Forgetting in LLM
+    Fine-Tuning" (arXiv 2407.20999), algorithm 1.
+    """
+
+    _FORMS = Forms({})
+    _KEPT = (*StepOptimizer._KEPT, "fraction")
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        fraction: float = 0.1,
+        model: nn.Module | None = None,
+        momentum_dtype: Literal["fp32", "bf16"] = "fp32",
+        weight_mode: WeightMode = "auto",
+        maximize: bool = False,
+        max_grad_norm: float | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not 0 < fraction <= 1:
+            raise ConfigError(f"fraction={fraction}: must be in (0, 1]")
+        if momentum_dtype not in ("fp32", "bf16"):
+            raise ConfigError(f"momentum_dtype={momentum_dtype!r}: must be fp32 or bf16")
+        self.fraction = fraction
+        self._thresholds: dict[Layout, Tensor] = {}
+        super().__init__(
+            params,
+            {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
+            model=model,
+            momentum_dtype=momentum_dtype,
+            weight_mode=weight_mode,
+            maximize=maximize,
+            max_grad_norm=max_grad_norm,
+            seed=seed,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_thresholds": {}}
+
+    def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
+        return {"exp_avg": MOMENTUM_DTYPES[self.momentum_dtype], "exp_avg_sq": torch.float32}
+
+    def _prepare(
+        self, groups: Sequence[tuple[dict[str, Any], Sequence[Part]]], grad_factor: Tensor | None
+    ) -> None:
+        """Find from which magnitude on the momenta of each tensor are the largest."""
+        of_part = {
+            part.layout: _Momentum(part, group["betas"][0], -1.0 if self.maximize else 1.0)
+            for group, parts in groups
+            for part in parts
+        }
+        self._thresholds = {}
+        for layouts, device in self._pools():
+            momenta = [of_part.get(layout) for layout in layouts]
+            found = _thresholds(layouts, momenta, grad_factor, self.fraction, device)
+            self._thresholds.update(zip(layouts, found, strict=True))
+
+    def _pools(self) -> Iterator[tuple[list[Layout], torch.device]]:
+        """The tensors of this rank alone, one after the other, and those of each set of ranks."""
+        shared: dict[Any, list[Layout]] = {}
+        for parameter in self._parameters():
+            for layout in self._layouts[parameter]:
+                if layout.shard.groups:
+                    shared.setdefault((layout.shard.groups, parameter.device), []).append(layout)
+                else:
+                    yield [layout], parameter.device
+        for (_, device), layouts in shared.items():
+            yield layouts, device
+
+    def _update(
+        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
+    ) -> None:
+        tensors = [
+            tensor
+            for part in parts
+            for tensor in part.tensors(MOMENTS, second=self._thresholds[part.layout])
+        ]
+        ops.mofo_(tensors, adam_options(group, step, self.maximize), grad_factor=grad_factor)
+
+
+class _Momentum:
+    """A part's first moment after the step, with the roundings of the kernel."""
+
+    def __init__(self, part: Part, beta1: float, grad_scale: float) -> None:
+        self._part, self._grad_scale = part, grad_scale
+        self._keep = torch.tensor(beta1, device=part.grad.device)
+
+    def bits(self, grad_factor: Tensor | None) -> Tensor:
+        """Of its magnitudes, int32: in the order of the magnitudes."""
+        scale = self._grad_scale if grad_factor is None else self._grad_scale * grad_factor
+        share = (1 - self._keep) * scale
+        moment = self._keep * self._part.state("exp_avg").float() + share * self._part.grad.float()
+        return moment.abs_().view(torch.int32)
+
+
+def _thresholds(
+    layouts: Sequence[Layout],
+    momenta: Sequence[_Momentum | None],
+    grad_factor: Tensor | None,
+    fraction: float,
+    device: torch.device,
+) -> Iterator[Tensor]:
+    """The least of the largest magnitudes of each tensor, fp32 (1,)."""
+    wanted = [math.ceil(fraction * math.prod(layout.shard.shape)) for layout in layouts]
+    left_L1 = torch.tensor(wanted, device=device)[:, None]
+    found_L1 = torch.zeros_like(left_L1)
+    for shift, bins in _ROUNDS:
+        counts_LB = torch.zeros(len(layouts), bins, dtype=torch.int64, device=device)
+        for i, momentum in enumerate(momenta):
+            if momentum is not None:
+                bits = momentum.bits(grad_factor)
+                like = bits[bits >> shift >> 10 == found_L1[i]] if shift < _ROUNDS[0][0] else bits
+                counts_LB[i] = torch.bincount((like >> shift) % bins, minlength=bins)
+        sum_over(counts_LB, layouts[0].shard.groups)
+        from_top_LB = counts_LB.flip(1).cumsum(1)
+        place_L1 = (from_top_LB >= left_L1).int().argmax(dim=1, keepdim=True)
+        bin_L1 = bins - 1 - place_L1
+        left_L1 -= from_top_LB.gather(1, place_L1) - counts_LB.gather(1, bin_L1)
+        found_L1 = found_L1 * bins + bin_L1
+    yield from found_L1.to(torch.int32).view(torch.float32)
