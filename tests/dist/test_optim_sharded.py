@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 
+from commrt import optim
 from commrt.errors import ConfigError, PeerMismatchError
 from commrt.optim import AdamMini
 from commrt.testing import run_ranks
@@ -185,12 +186,16 @@ def given_weights(
 
     parameters = [nn.Parameter(value) for value in draw()]
     grads = [draw() for _ in range(3)]
-    texts = {f"p{i}": text for i, (_, text) in enumerate(SHAPES)}
-    return parameters, grads, {"lr": 0.1, "max_grad_norm": 3.0, "partition": texts, **options}
+    return parameters, grads, {"lr": 0.1, "max_grad_norm": 3.0, **options}
 
 
-def stepped(parameters: list[nn.Parameter], grads: list[list[Tensor]], options: Any) -> AdamMini:
-    optimizer = AdamMini([(f"p{i}", p) for i, p in enumerate(parameters)], **options)
+def step_all(
+    parameters: list[nn.Parameter], grads: list[list[Tensor]], name: str, options: dict[str, Any]
+) -> None:
+    named = [(f"p{i}", parameter) for i, parameter in enumerate(parameters)]
+    if name == "AdamMini":
+        options["partition"] = {f"p{i}": text for i, (_, text) in enumerate(SHAPES)}
+    optimizer = getattr(optim, name)(named, **options)
     for of_step in grads:
         for parameter, grad in zip(parameters, of_step, strict=True):
             parameter.grad = grad
@@ -198,7 +203,6 @@ def stepped(parameters: list[nn.Parameter], grads: list[list[Tensor]], options: 
                 mesh, placements = parameter.device_mesh, parameter.placements
                 parameter.grad = distribute_tensor(grad, mesh, placements)
         optimizer.step()
-    return optimizer
 
 
 def placements_for(shape: tuple[int, ...]) -> list[tuple[Any, ...]]:
@@ -211,10 +215,12 @@ def placements_for(shape: tuple[int, ...]) -> list[tuple[Any, ...]]:
     return found
 
 
-def any_placement(dtype: torch.dtype, options: dict[str, Any], most_different: float) -> None:
+def any_placement(
+    name: str, dtype: torch.dtype, options: dict[str, Any], most_different: float
+) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     whole, grads, options = given_weights(dtype, options)
-    stepped(whole, grads, options)
+    step_all(whole, grads, name, options)
     number = max(len(placements_for(shape)) for shape, _ in SHAPES)
     for choice in range(number):
         given, _, _ = given_weights(dtype, {})
@@ -223,7 +229,7 @@ def any_placement(dtype: torch.dtype, options: dict[str, Any], most_different: f
             places = placements_for(tuple(parameter.shape))
             placed = distribute_tensor(parameter.detach(), mesh, places[choice % len(places)])
             cut.append(nn.Parameter(placed))
-        stepped(cut, grads, options)
+        step_all(cut, grads, name, options)
         for (shape, text), expected, found in zip(SHAPES, whole, cut, strict=True):
             case = f"{shape} {text} {found.placements}"
             differs = (found.full_tensor() - expected).abs() > 1e-5
@@ -231,16 +237,20 @@ def any_placement(dtype: torch.dtype, options: dict[str, Any], most_different: f
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options", "most_different"),
+    ("name", "dtype", "options", "most_different"),
     [
-        (torch.float32, {}, 0.0),
-        (torch.float32, {"momentum_dtype": "int8"}, 0.0),
+        ("AdamMini", torch.float32, {}, 0.0),
+        ("AdamMini", torch.float32, {"momentum_dtype": "int8"}, 0.0),
         # Where a sum is rounded differently, a weight can be, too.
-        (torch.bfloat16, {"weight_mode": "stochastic"}, 0.02),
+        ("AdamMini", torch.bfloat16, {"weight_mode": "stochastic"}, 0.02),
+        ("AdamW8bit", torch.float32, {}, 0.0),
+        ("Lion", torch.float32, {"momentum_dtype": "int8"}, 0.0),
+        ("Adan", torch.bfloat16, {"weight_mode": "residual"}, 0.02),
+        ("MoFO", torch.float32, {"fraction": 0.3}, 0.0),
     ],
 )
-def test_any_placement(dtype, options, most_different):
-    run_ranks(any_placement, dtype, options, most_different, world_size=4, timeout_s=60)
+def test_any_placement(name, dtype, options, most_different):
+    run_ranks(any_placement, name, dtype, options, most_different, world_size=4, timeout_s=60)
 
 
 # -- ranks that differ ----------------------------------------------------------------------------
