@@ -3,7 +3,8 @@
 from commrt.optim.adam_mini import AdamMini
 from commrt.optim.adamw import AdamW8bit
 from commrt.optim.adan import Adan
+from commrt.optim.base import StepOptimizer
 from commrt.optim.lion import Lion
 from commrt.optim.mofo import MoFO
 
-__all__ = ["AdamMini", "AdamW8bit", "Adan", "Lion", "MoFO"]
+__all__ = ["AdamMini", "AdamW8bit", "Adan", "Lion", "MoFO", "StepOptimizer"]

@@ -179,7 +179,8 @@ class StepOptimizer(Optimizer):
     def _step(self) -> None:
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         parts = [list(self._parts(group)) for group in self.param_groups]
-        totals = self._sum({part.layout: part.grad for some in parts for part in some}, found_inf)
+        totals = self._agreed_totals()
+        totals.sum({part.layout: part.grad for some in parts for part in some}, found_inf)
         if totals.found_inf or (found_inf is not None and bool(found_inf)):
             return
         factor = None if scale is None else scale.float().reciprocal()
@@ -224,7 +225,7 @@ class StepOptimizer(Optimizer):
         """Whether the first moment of a tensor is rounded stochastically."""
         return False
 
-    def _sum(self, grads: Mapping[Layout, Tensor], found_inf: Tensor | None) -> Totals:
+    def _agreed_totals(self) -> Totals:
         if self._totals is None:
             pairs = [(own, p.device) for p in self._parameters() for own in self._layouts[p]]
             self._totals = Totals(
@@ -237,8 +238,8 @@ class StepOptimizer(Optimizer):
                     "seed": self.seed,
                 },
                 wants_norm=self.max_grad_norm is not None,
+                wants_blocks=bool(self._FORMS.lines),
             )
-        self._totals.sum(grads, found_inf)
         return self._totals
 
     def _update_second(self, part: Part, beta2: float, grad_factor: Tensor | None) -> None:
@@ -317,6 +318,13 @@ class StepOptimizer(Optimizer):
                 }  # fmt: skip
         return result
 
+    def as_adamw(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a whole parameter in AdamW's form: fp32, a second moment an element.
+
+        That is what FSDP1 can load, and torch's AdamW.
+        """
+        return self._FORMS.as_adamw(state)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch does, but every tensor keeps its dtype.
 
@@ -360,10 +368,9 @@ class StepOptimizer(Optimizer):
                 {name: value for name, value in some.items() if name != "step"}
                 for some in (own, given)
             )
-            if is_flat(parameter):
-                state = {name: layout.shard.local(value) for name, value in state.items()}
-            if self._FORMS.load(layout, own, state) and "exp_avg_sq" in state:
-                seconds[layout] = flat(own["exp_avg_sq"]), flat(state["exp_avg_sq"])
+            second = self._FORMS.load(layout, own, state)
+            if second is not None:
+                seconds[layout] = flat(own["exp_avg_sq"]), second
         new["step"] = torch.as_tensor(given["step"]).to("cpu", torch.float32, copy=True)
         return new
 
@@ -372,8 +379,8 @@ class StepOptimizer(Optimizer):
         if not seconds and not any(map(is_flat, self._parameters())):
             return
         with torch.no_grad():
-            roots = {layout: value.sqrt() for layout, (_, value) in seconds.items()}
-            totals = self._sum(roots, None)
+            totals = self._agreed_totals()
+            totals.average({layout: value for layout, (_, value) in seconds.items()})
             for layout, (second, _) in seconds.items():
                 totals.update_second(layout, second, 0.0, None)
 

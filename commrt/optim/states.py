@@ -12,6 +12,7 @@ from commrt.errors import StateError
 from commrt.ops import MomentMap, decode_moment, encode_moment
 from commrt.optim.parts import State, flat
 from commrt.optim.sections import Layout
+from commrt.optim.shards import Span
 
 _OF_WEIGHTS = ("master", "weight_residual")
 
@@ -45,7 +46,7 @@ class Forms:
     """
 
     def __init__(self, maps: Mapping[str, MomentMap], lines: Collection[str] = ()) -> None:
-        self._maps, self._lines = maps, lines
+        self._maps, self.lines = maps, lines
 
     def expanded(
         self, parameter: nn.Parameter, parts: Sequence[tuple[Layout, State]]
@@ -74,23 +75,42 @@ class Forms:
         ]
         return torch.cat(decoded) if decoded else value.float()
 
-    def load(self, layout: Layout, own: State, given: Mapping[str, Any]) -> bool:
+    def as_adamw(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The state of a whole parameter, fp32 and an element for each of its own."""
+        names, shape = moment_names(state), state["exp_avg"].shape
+        result = {name: state[name] for name in ("step", *_OF_WEIGHTS) if name in state}
+        for name in names:
+            value, scale = state[name], state.get(f"{name}_scale")
+            if scale is not None:
+                rows = scale.shape[:-1].numel()
+                value = decode_moment(value, scale, rows, value.numel() // rows, self._maps[name])
+                value = value.view(shape)
+            result[name] = value.float().expand(shape).contiguous()
+        return result
+
+    def load(self, layout: Layout, own: State, given: Mapping[str, Any]) -> Tensor | None:
         """Load a tensor's state into ``own``, a new one.
 
+        Args:
+            layout: Of the tensor.
+            own: What is to be overwritten.
+            given: Like ``own``, or AdamW's; of a flat parameter always the latter.
+
         Returns:
-            Whether it was AdamW's; second moments of blocks that the rank has not whole are then
-            still to be found.
+            AdamW's second moments, flat, if ``own`` has fewer, else None. Those of blocks that the
+            rank has not whole are then still to be found.
 
         Raises:
-            StateError: It is neither like ``own`` nor AdamW's.
+            StateError: It is neither.
         """
-        if self._is_adamws(layout, own, given):
+        if isinstance(layout.shard, Span) or self._is_adamws(own, given):
+            local = {name: layout.shard.local(value).reshape(-1) for name, value in given.items()}
             for name in moment_names(own):
-                self._convert(layout, own, name, flat(given[name]))
+                self._convert(layout, own, name, local[name])
             for name in _OF_WEIGHTS:
-                if name in own and name in given:
-                    flat(own[name]).copy_(flat(given[name]))
-            return True
+                if name in own and name in local:
+                    flat(own[name]).copy_(local[name])
+            return local["exp_avg_sq"] if self._is_lines(layout, "exp_avg_sq") else None
         if own.keys() != given.keys():
             raise StateError(
                 f"state of {_title(layout)} has {sorted(given)}: must have {sorted(own)} and step"
@@ -103,13 +123,13 @@ class Forms:
                     f"{wanted.dtype} {tuple(wanted.shape)}"
                 )
             flat(wanted).copy_(flat(value.contiguous()))
-        return False
+        return None
 
-    def _is_adamws(self, layout: Layout, own: State, given: Mapping[str, Any]) -> bool:
+    def _is_adamws(self, own: State, given: Mapping[str, Any]) -> bool:
         """Whether all moments are fp32 and have an element for each of the tensor's."""
         names = moment_names(own)
         found = [given.get(name) for name in names]
-        shape = own[names[0]].shape
+        shape = own["exp_avg"].shape
         by_element = all(
             isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape == shape
             for value in found
@@ -134,7 +154,7 @@ class Forms:
                 scales.copy_(new[1])
 
     def _is_lines(self, layout: Layout, name: str) -> bool:
-        return name in self._lines and layout.blocks.axis != "element"
+        return name in self.lines and layout.blocks.axis != "element"
 
 
 def _coded(layout: Layout, codes: Tensor, scales: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:

@@ -34,6 +34,7 @@ class Totals:
         devices: Of each.
         settings: What the ranks have to agree on.
         wants_norm: Whether :attr:`square_norm` is needed.
+        wants_blocks: Whether :meth:`update_second` is.
 
     Ranks: all must call.
 
@@ -48,6 +49,7 @@ class Totals:
         settings: dict[str, Any],
         *,
         wants_norm: bool,
+        wants_blocks: bool,
     ) -> None:
         self._wants_norm = wants_norm
         shared: dict[tuple[Groups, torch.device], list[Layout]] = {}
@@ -55,11 +57,20 @@ class Totals:
             shared.setdefault((layout.shard.groups, device), []).append(layout)
         self._pools: list[_Pool] = []
         for (groups, device), some in shared.items():
-            ranges = [_merged(_cut_blocks(layout)) for layout in some]
+            ranges = [_merged(_cut_blocks(layout) if wants_blocks else []) for layout in some]
             for group in groups:
                 check_agreement({**settings, **_described(some)}, group, _carrier(group, device))
                 ranges = _united(ranges, group, _carrier(group, device))
-            self._pools.append(_Pool(some, ranges, groups, device))
+            own = [_merged(_whole_columns(layout) if wants_blocks else []) for layout in some]
+            self._pools.append(_Pool(some, ranges, own, groups, device))
+
+    def average(self, values: Gradients) -> None:
+        """Sum these values themselves, so that ``update_second`` makes the blocks' means of them.
+
+        Ranks: all must call.
+        """
+        for pool in self._pools:
+            pool.sum(values, None, wants_norm=False, of_squares=False)
 
     def sum(self, grads: Gradients, found_inf: Tensor | None) -> None:
         """Sum the squares of these gradients.
@@ -71,7 +82,7 @@ class Totals:
         Ranks: all must call, with or without gradients.
         """
         for pool in self._pools:
-            pool.sum(grads, found_inf if pool.groups else None, self._wants_norm)
+            pool.sum(grads, found_inf if pool.groups else None, wants_norm=self._wants_norm)
 
     @property
     def square_norm(self) -> Tensor:
@@ -106,6 +117,7 @@ class _Pool:
         self,
         layouts: Sequence[Layout],
         ranges: Sequence[Ranges],
+        own: Sequence[Ranges],
         groups: Groups,
         device: torch.device,
     ) -> None:
@@ -114,7 +126,6 @@ class _Pool:
         self._layouts = layouts
         self._slots: dict[Layout, _Slots] = {}
         # What travels first, and then what only this rank has.
-        own = [_merged(_whole_columns(layout)) for layout in layouts]
         after_shared = _FIRST_SLOT + sum(map(_number, ranges))
         at_shared, at_own = _FIRST_SLOT, after_shared
         for layout, shared, private in zip(layouts, ranges, own, strict=True):
@@ -126,9 +137,16 @@ class _Pool:
         self.buffer = torch.zeros(at_own, dtype=torch.float64, device=device)
         self._shared = self.buffer[:after_shared]
 
-    def sum(self, grads: Gradients, found_inf: Tensor | None, wants_norm: bool) -> None:
+    def sum(
+        self,
+        grads: Gradients,
+        found_inf: Tensor | None,
+        *,
+        wants_norm: bool,
+        of_squares: bool = True,
+    ) -> None:
         self.buffer.zero_()
-        jobs = _Jobs(self.device)
+        jobs = _Jobs(self.device, of_squares=of_squares)
         for layout in self._layouts:
             grad = grads.get(layout)
             if grad is None:
@@ -212,10 +230,10 @@ class _Slots:
 
 
 class _Jobs:
-    """Sums of squares for one call of the kernel, and the slots they are added to."""
+    """Sums for one call of the kernel, and the slots they are added to."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, *, of_squares: bool) -> None:
+        self._device, self._of_squares = device, of_squares
         self._grads: list[Tensor] = []
         self._shapes: list[tuple[int, int]] = []
         self._by_column: list[bool] = []
@@ -245,9 +263,14 @@ class _Jobs:
             return
         numbers = [slots.numel() for slots in self._slots]
         sums = torch.empty(sum(numbers), dtype=torch.float64, device=self._device)
-        ops.square_sums(
-            self._grads, list(sums.split(numbers)), self._shapes, by_column=self._by_column
-        )
+        parts = sums.split(numbers)
+        if self._of_squares:
+            ops.square_sums(self._grads, parts, self._shapes, by_column=self._by_column)
+        else:
+            for grad, part, shape, by_column in zip(
+                self._grads, parts, self._shapes, self._by_column, strict=True
+            ):
+                part.copy_(grad.double().view(shape).sum(dim=0 if by_column else 1))
         # Unlike index_add_, in the same order on every replica.
         buffer.index_put_((torch.cat(self._slots),), sums, accumulate=True)
 

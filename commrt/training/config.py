@@ -56,6 +56,17 @@ PRESETS = {
 }
 
 
+# What each optimizer's learning rate is, of AdamW's.
+OPTIMIZERS = {
+    "adamw": 1.0,
+    "adam-mini": 1.0,
+    "adamw8": 1.0,
+    "lion": 0.15,
+    "adan": 1.0,
+    "mofo": 1.0,
+}
+MOMENTA = ("fp32", "bf16", "int8")
+
 PARALLEL = ("ddp", "fsdp1", "fsdp2", "hsdp")
 
 
@@ -81,7 +92,9 @@ class TrainConfig:
     steps: Annotated[int, "optimizer steps"] = 1000
     batch_size: Annotated[int, "sequences a rank and step (default: the preset's)"]
     seq_len: Annotated[int, "bytes a sequence (default: the preset's)"]
-    lr: Annotated[float, "peak learning rate (default: the preset's)"]
+    optim: Annotated[str, f"optimizer: {', '.join(OPTIMIZERS)}"] = "adamw"
+    momentum: Annotated[str | None, "its first moment: fp32, bf16, int8 (default: its own)"] = None
+    lr: Annotated[float, "peak learning rate (default: the preset's, times the optimizer's)"]
     warmup: Annotated[int, "steps of linear warm-up"] = 100
     weight_decay: Annotated[float, "decay of matrices; vectors are never decayed"] = 0.1
     clip: Annotated[float, "largest gradient norm, 0 for no clipping"] = 1.0
@@ -112,11 +125,14 @@ class TrainConfig:
         if preset not in PRESETS:
             raise ConfigError(f"preset is {preset!r}: it must be one of {', '.join(PRESETS)}")
         chosen = PRESETS[preset]
-        for name in ("seq_len", "batch_size", "lr"):
+        for name in ("seq_len", "batch_size"):
             options.setdefault(name, getattr(chosen, name))
+        optim = options.get("optim", "adamw")
+        options.setdefault("lr", chosen.lr * OPTIMIZERS.get(optim, 1.0))
         codec = re.sub(r"[^\w.]+", "-", options.get("codec", "loco4"))
         parallel = options.get("parallel", "ddp")
         name = codec if parallel == "ddp" else f"{parallel}-{codec}"
+        name += "" if optim == "adamw" else f"-{optim}"
         options.setdefault("out", Path("runs", f"{preset}-{name}-seed{options.get('seed', 0)}"))
         if options.get("resume") is True:
             options["resume"] = options["out"]
@@ -132,6 +148,10 @@ class TrainConfig:
             self._require(name, getattr(self, name) >= 0, "at least 0")
         for name in ("weight_decay", "clip"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        self._require("optim", self.optim in OPTIMIZERS, ", ".join(OPTIMIZERS))
+        self._require("momentum", self.momentum in (None, *MOMENTA), ", ".join(MOMENTA))
+        if self.optim == "adamw":
+            self._require("momentum", self.momentum is None, "unset with optim=adamw")
         self._require("parallel", self.parallel in PARALLEL, ", ".join(PARALLEL))
         if self.parallel == "hsdp":
             self._require("hierarchy", self.hierarchy >= 1, "at least 1 with parallel=hsdp")

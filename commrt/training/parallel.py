@@ -17,6 +17,7 @@ import commrt
 from commrt.errors import ConfigError
 from commrt.hooks import BaseComm
 from commrt.hooks.wiring import Codecs
+from commrt.optim import StepOptimizer
 from commrt.training.config import TrainConfig
 from commrt.training.model import GPT, Block
 
@@ -123,11 +124,15 @@ def load_state_dicts(
     model: nn.Module, optimizer: torch.optim.Optimizer, states: dict[str, Any]
 ) -> None:
     """Load what `state_dicts` returned. Ranks: all must call, with all of it."""
+    moments = states["optimizer"]
+    if isinstance(model, FullyShardedDataParallel) and isinstance(optimizer, StepOptimizer):
+        found = moments["state"].items()
+        moments = {**moments, "state": {name: optimizer.as_adamw(own) for name, own in found}}
     full.set_state_dict(
         model,
         optimizer,
         model_state_dict=states["model"],
-        optim_state_dict=states["optimizer"],
+        optim_state_dict=moments,
         options=full.StateDictOptions(full_state_dict=True),
     )
     for group in optimizer.param_groups:

@@ -54,7 +54,7 @@ class Trainer:
         if config.parallel == "ddp":
             self._settle_buckets()
         self.comm = parallel.attach(self.wrapped, config)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer = make_optimizer(self.wrapped, config)
 
     def _settle_buckets(self) -> None:
         """Makes DDP lay out its buckets for good.
@@ -84,7 +84,7 @@ class Trainer:
         logits = self.wrapped(inputs.to(self.device))
         loss = next_byte_losses(logits, targets.to(self.device)).mean()
         loss.backward()
-        if config.clip:
+        if config.clip and config.optim == "adamw":  # the others clip as they step
             parallel.clip_gradients(self.wrapped, config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)

@@ -63,6 +63,7 @@ def train_and_resume(options, again):
     "choice",
     [
         {"parallel": "fsdp1"},
+        {"parallel": "fsdp1", "optim": "adam-mini"},
         {"parallel": "fsdp2", "gather": "block8", "hierarchy": 2},
         {"parallel": "fsdp2", "gather": "delta4", "keep_gathered": True},
         {"parallel": "hsdp", "hierarchy": 2, "intra": "block8"},
@@ -98,6 +99,21 @@ def test_a_run_goes_on_as_another_kind(options, tmp_path):
     last = [row["loss"] for row in read_rows(part["out"] / "metrics.jsonl") if "loss" in row][-1]
     first = losses(tmp_path / "ddp")[0]
     assert last < first - 0.5
+
+
+@pytest.mark.parametrize("optim", ["adam-mini", "adamw8"])
+def test_an_optimizer_goes_on_as_another_kind(optim, options, tmp_path):
+    """The state of FSDP1 is AdamW's, which the others take in, and it theirs."""
+    options |= {"optim": optim, "momentum": "int8", "codec": "none", "clip": 0.1, "preset": "1m"}
+    run_ranks(train, options, world_size=2, timeout_s=TIMEOUT_S)
+    expected = losses(options["out"])
+    for before, after in (("ddp", "fsdp1"), ("fsdp1", "fsdp2"), ("fsdp2", "ddp")):
+        first = options | {"parallel": before, "steps": 6, "out": tmp_path / before}
+        then = options | {"parallel": after, "out": tmp_path / f"{before}-{after}"}
+        then["resume"] = first["out"] / "step_0000003"
+        run_ranks(train, first, then, world_size=2, timeout_s=TIMEOUT_S)
+        assert losses(first["out"]) == pytest.approx(expected, rel=1e-4)
+        assert losses(then["out"]) == pytest.approx(expected[4:], rel=1e-4)
 
 
 def test_the_same_ranks_as_another_kind(options, tmp_path):
