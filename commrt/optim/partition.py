@@ -175,7 +175,12 @@ def by_shape(shape: Shape) -> Blocks:
     """What a parameter is taken for of which only the shape is known."""
     if sum(size > 1 for size in shape) < 2:
         return by_element(shape, "vector")
-    return by_row(shape, "matrix", row_dims=2 if len(shape) == 3 else 1)
+    return by_row(shape, "matrix", row_dims=_row_dims(shape))
+
+
+def _row_dims(shape: Shape) -> int:
+    """Of what may be a stack of matrices, a convolution, or vectors of a batch of one."""
+    return len(shape) - 1 if len(shape) == 3 or shape[0] == 1 else 1
 
 
 def find_blocks(model: nn.Module, shapes: Mapping[Place, Shape]) -> dict[Place, Blocks]:
@@ -213,9 +218,13 @@ def _of_module(
         return _convolution(module, shape)
     if _is_conv1d(module):
         return Blocks(shape=shape, axis="column", why="output neuron")
-    if len(shape) == 3:
+    if len(shape) == 3 and shape[0] > 1:
         return _experts(model, module, name, shapes)
-    return by_row(shape, "output neuron" if isinstance(module, nn.Linear) else "matrix")
+    if len(shape) == 2 and any(len(s) == 3 and s[0] == shape[0] for s in shapes.values()):
+        return by_element(shape, "stack of vectors")
+    if isinstance(module, nn.Linear):
+        return by_row(shape, "output neuron")
+    return by_shape(shape)
 
 
 def _multihead(module: nn.MultiheadAttention, name: str, shape: Shape) -> Blocks:
@@ -246,27 +255,54 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 # -- attention ------------------------------------------------------------------------------------
 
-_NUM_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead")
+_NUM_HEADS = (
+    *("num_heads", "num_attention_heads", "n_heads", "n_head", "heads", "nhead", "num_attn_heads"),
+)
 _NUM_KV_HEADS = (
     *("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_query_groups"),
     *("num_query_groups", "multi_query_group_num", "kv_heads"),
 )
+_QUERIES_PER_KEY = ("num_key_value_groups", "n_rep")
 _HEAD_DIM = (
     *("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv", "dim_head"),
     "hidden_size_per_attention_head",
 )
-_QUERY = {"q_proj", "wq", "query", "to_q", "q", "q_lin", "q_linear", "linear_q", "query_proj"}
-_KEY = {"k_proj", "wk", "key", "to_k", "k", "k_lin", "k_linear", "linear_k", "key_proj"}
+_QUERY = {
+    *("q_proj", "wq", "query", "to_q", "q", "q_lin", "q_linear", "linear_q", "query_proj"),
+    *("project_q", "projection_query", "to_query", "q_b_proj", "wq_b"),
+}
+_KEY = {
+    *("k_proj", "wk", "key", "to_k", "k", "k_lin", "k_linear", "linear_k", "key_proj"),
+    *("project_k", "projection_key", "to_key"),
+}
+_LATENT_KEY_VALUE = {"kv_b_proj", "wkv_b"}
 # Fused projections that hold the queries, keys and values of one head, or of one group of heads
 # that share keys and values, after another; others hold all queries, then all keys, all values.
 _INTERLEAVED = {"query_key_value", "attn"}
+_FUSED = {
+    *("qkv", "qkv_proj", "qkv_linear", "to_qkv", "linear_qkv", "wqkv", "c_attn", "w_pack"),
+    *_INTERLEAVED,
+}
+_KEY_VALUE = "queries, keys: a head; values"
+Runs = tuple[tuple[int, int], ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Heads:
+    """Of an attention, as far as it says so.
+
+    Attributes:
+        num: Heads.
+        num_kv: Heads of keys and values.
+        dim: Width of a head.
+        latent: Where keys and values come from a latent vector (DeepSeek-V2, arXiv 2405.04434,
+            section 2.1), the width of a head's keys without position, of those with, of its values.
+    """
+
     num: int
     num_kv: int
     dim: int | None
+    latent: tuple[int, int, int] | None
 
 
 def _attention(module: nn.Module, shapes: Mapping[Place, Shape]) -> dict[nn.Module, Blocks]:
@@ -283,13 +319,7 @@ def _attention(module: nn.Module, shapes: Mapping[Place, Shape]) -> dict[nn.Modu
     inputs = {_in_out(child, shape)[0] for child, shape in weights.values()}
     for name, (child, shape) in weights.items():
         outputs = _in_out(child, shape)[1]
-        runs = None
-        if name in _QUERY:
-            runs, why = _head_runs(outputs, heads.num, heads.dim), "queries: a head"
-        elif name in _KEY:
-            runs, why = _head_runs(outputs, heads.num_kv, heads.dim), "keys: a head"
-        else:
-            runs, why = _fused_runs(name, outputs, heads, inputs), "queries, keys: a head; values"
+        runs, why = _runs(module, name.lower(), outputs, heads, inputs)
         if runs is not None:
             axis: Axis = "column" if _is_conv1d(child) else "row"
             found[child] = Blocks(shape=shape, axis=axis, runs=runs, why=why)
@@ -297,19 +327,36 @@ def _attention(module: nn.Module, shapes: Mapping[Place, Shape]) -> dict[nn.Modu
 
 
 def _heads(module: nn.Module) -> _Heads | None:
-    places = [module, *(getattr(module, name, None) for name in ("config", "args"))]
+    places = _places(module)
     num = _first_number(places, _NUM_HEADS)
     if num is None:
         return None
-    return _Heads(
-        num, _first_number(places, _NUM_KV_HEADS) or num, _first_number(places, _HEAD_DIM)
+    nope, rope, value = (
+        _first_number(places, (name,))
+        for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     )
+    return _Heads(
+        num=num,
+        num_kv=_first_number(places, _NUM_KV_HEADS)
+        or max(1, num // (_first_number(places, _QUERIES_PER_KEY) or 1)),
+        dim=_first_number(places, _HEAD_DIM),
+        latent=(nope, rope, value) if nope and rope and value else None,
+    )
+
+
+def _places(module: nn.Module) -> list[Any]:
+    """Where a module's sizes may be told."""
+    names = ("config", "args")
+    return [module, *(getattr(module, name, None) for name in names)]
 
 
 def _first_number(places: list[Any], names: tuple[str, ...]) -> int | None:
     for place in places:
         for name in names:
-            value = getattr(place, name, None)
+            try:
+                value = getattr(place, name, None)
+            except RuntimeError:  # transformers: a configuration whose layers differ in it
+                continue
             if isinstance(value, int) and not isinstance(value, bool) and value > 0:
                 return value
     return None
@@ -320,29 +367,63 @@ def _in_out(child: nn.Module, shape: Shape) -> tuple[int, int]:
     return (first, second) if _is_conv1d(child) else (second, first)
 
 
-def _head_runs(outputs: int, num: int, dim: int | None) -> tuple[tuple[int, int], ...] | None:
+def _runs(
+    module: nn.Module, name: str, outputs: int, heads: _Heads, inputs: set[int]
+) -> tuple[Runs | None, str]:
+    """Of a projection, and what it is; None where its size is not that of the heads.
+
+    Args:
+        module: That attends.
+        name: Of the projection in it, in small letters.
+        outputs: Of the projection.
+        heads: Of the module.
+        inputs: Of its projections.
+    """
+    if name in _QUERY:
+        dims = [heads.dim, *([sum(heads.latent[:2])] if heads.latent else [])]
+        fitting = (_head_runs(outputs, heads.num, dim) for dim in dims)
+        return next(filter(None, fitting), None), "queries: a head"
+    if name in _KEY:
+        counts = (heads.num_kv, heads.num)
+        fitting = (_head_runs(outputs, num, heads.dim) for num in counts)
+        return next(filter(None, fitting), None), "keys: a head"
+    if name in _LATENT_KEY_VALUE and heads.latent:
+        keys, _, values = heads.latent
+        fits = outputs == heads.num * (keys + values)
+        return ((keys, keys), (values, 1)) if fits else None, "keys: a head; values"
+    if name in _FUSED:
+        return _fused_runs(_is_interleaved(module, name), outputs, heads, inputs), _KEY_VALUE
+    return None, ""
+
+
+def _head_runs(outputs: int, num: int, dim: int | None) -> Runs | None:
     if outputs % num or dim not in (None, outputs // num):
         return None
     return ((outputs // num, outputs // num),)
 
 
-def _fused_runs(
-    name: str, outputs: int, heads: _Heads, inputs: set[int]
-) -> tuple[tuple[int, int], ...] | None:
+def _is_interleaved(module: nn.Module, name: str) -> bool:
+    """Of two that say whether heads share keys, one interleaves if not, the other only then."""
+    if getattr(module, "multi_query", None) is False:
+        return True
+    return name in _INTERLEAVED and not getattr(module, "multi_query_attention", False)
+
+
+def _fused_runs(is_interleaved: bool, outputs: int, heads: _Heads, inputs: set[int]) -> Runs | None:
     """Of a projection as large as all queries, keys and values.
 
-    Where the heads' width is not known, one of the other projections has to take as many inputs as
-    all heads put out.
+    Where the heads' width is not known, a projection has to take as many inputs as all heads put
+    out.
     """
     all_heads = heads.num + 2 * heads.num_kv
     dim = outputs // all_heads
     if outputs % all_heads or heads.num % heads.num_kv:
         return None
-    if heads.dim is None and heads.num * dim not in inputs - {outputs}:
+    if heads.dim is None and heads.num * dim not in inputs:
         return None
     if heads.dim not in (None, dim):
         return None
-    if name in _INTERLEAVED:
+    if is_interleaved:
         per_group = heads.num // heads.num_kv
         return (((per_group + 1) * dim, dim), (dim, 1))
     return (((heads.num + heads.num_kv) * dim, dim), (heads.num_kv * dim, 1))
@@ -350,7 +431,8 @@ def _fused_runs(
 
 # -- experts --------------------------------------------------------------------------------------
 
-_HIDDEN = ("hidden_size", "hidden_dim", "d_model", "embed_dim", "dim")
+# The last is that of the feed-forward part in some models which have one of the others too.
+_WIDTH = ("hidden_size", "d_model", "embed_dim", "dim", "hidden_dim")
 
 
 def _experts(model: nn.Module, module: nn.Module, name: str, shapes: Mapping[str, Shape]) -> Blocks:
@@ -362,9 +444,7 @@ def _experts(model: nn.Module, module: nn.Module, name: str, shapes: Mapping[str
     shape = shapes[name]
     num = shape[0]
     stacks = [other for other in shapes.values() if len(other) == 3 and other[0] == num]
-    width = _router_width(model, num) or _first_number(
-        [module, *(getattr(module, place, None) for place in ("config", "args"))], _HIDDEN
-    )
+    width = _router_width(model, num) or _first_number(_places(module), _WIDTH)
     ups = max(stacks, key=lambda other: (other[1] * other[2], stacks.count(other)))
     is_known = width is not None and ups[1] != ups[2] and width in ups[1:]
     if is_known and len(stacks) > 1 and ups[1] == width:

@@ -120,6 +120,65 @@ def test_fused_projections():
     assert lines(blocks_of(by_head)["query_key_value.weight"]) == ("row", expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "attribute", "by_head"),
+    [
+        ("c_attn", {}, False),
+        ("c_attn", {"multi_query": False}, True),  # GPTBigCode
+        ("query_key_value", {}, True),
+        ("query_key_value", {"multi_query": True}, True),  # Falcon
+        ("query_key_value", {"multi_query_attention": True}, False),  # ChatGLM
+    ],
+)
+def test_order_in_fused_projections(name, attribute, by_head):
+    found = blocks_of(
+        Attention({name: (64, 128)}, num_heads=4, kv_heads=2, head_dim=16, **attribute)
+    )
+    expected = [(48, 16), (16, 1)] * 2 if by_head else [(96, 16), (32, 1)]
+    assert lines(found[f"{name}.weight"]) == ("row", expected)
+
+
+def test_a_feed_forward_part_as_large_as_fused_projections():
+    """It has the model's configuration too, so seems to have heads."""
+    config = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    found = blocks_of(Attention({"gate_up_proj": (64, 192), "down_proj": (96, 64)}, config=config))
+    assert lines(found["gate_up_proj.weight"]) == ("row", [(192, 1)])
+
+
+def test_keys_and_values_from_a_latent_vector():
+    """As in DeepSeek, whose configuration has the width of rotated keys for head_dim."""
+    sizes = {"qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 12, "head_dim": 8}
+    config = {"num_attention_heads": 4, **sizes}
+    projections = {"q_a_proj": (64, 24), "q_b_proj": (24, 96), "kv_a_proj_with_mqa": (64, 28),
+                   "kv_b_proj": (20, 112), "o_proj": (48, 64)}  # fmt: skip
+    found = blocks_of(Attention(projections, config=config))
+    assert lines(found["q_b_proj.weight"]) == ("row", [(96, 24)])
+    assert lines(found["kv_b_proj.weight"]) == ("row", [(16, 16), (12, 1)] * 4)
+    for name in "q_a_proj", "kv_a_proj_with_mqa", "o_proj":
+        assert lines(found[f"{name}.weight"]) == ("row", [(projections[name][1], 1)])
+    whole_queries = blocks_of(Attention({"q_proj": (64, 96)}, config=config))
+    assert lines(whole_queries["q_proj.weight"]) == ("row", [(96, 24)])
+    unfit = blocks_of(Attention({"kv_b_proj": (20, 100), "q_b_proj": (24, 100)}, config=config))
+    assert (
+        lines(unfit["kv_b_proj.weight"]) == lines(unfit["q_b_proj.weight"]) == ("row", [(100, 1)])
+    )
+
+
+def test_what_a_configuration_does_not_tell_for_all_layers():
+    class Config:
+        num_attention_heads = 8
+
+        @property
+        def num_key_value_heads(self):
+            raise RuntimeError("varies across layers")
+
+    model = Attention({"q_proj": (64, 128), "k_proj": (64, 32)}, num_key_value_groups=4)
+    model.config = Config()
+    found = blocks_of(model)
+    assert lines(found["q_proj.weight"]) == ("row", [(128, 16)])
+    assert lines(found["k_proj.weight"]) == ("row", [(32, 16)])
+
+
 def test_gpt2_of_transformers():
     model = nn.Module()
     model.num_heads, model.head_dim = 4, 16
@@ -183,6 +242,12 @@ def test_stacks_of_experts(shapes, axis):
         assert blocks.num_blocks == experts * (rows if axis == "row" else cols)
 
 
+def test_biases_of_experts():
+    model = nn.Module()
+    model.down, model.down_bias = (nn.Parameter(torch.empty(s)) for s in ((4, 8, 16), (4, 8)))
+    assert blocks_of(model)["down_bias"].axis == "element"
+
+
 def test_a_stack_that_nothing_explains_has_rows():
     model = nn.Module()
     model.stack = nn.Parameter(torch.empty(4, 8, 16))
@@ -201,6 +266,7 @@ def test_shapes_alone():
     assert by_shape((5, 7)).second_shape == (5, 1)
     assert by_shape((3, 5, 7)).second_shape == (3, 5, 1)
     assert by_shape((8, 3, 5, 5)).second_shape == (8, 1, 1, 1)
+    assert by_shape((1, 7, 8, 5)).second_shape == (1, 7, 8, 1)
     for vector in ((), (9,), (1, 1, 9)):
         assert by_shape(vector).axis == "element"
 
