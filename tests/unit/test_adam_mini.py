@@ -324,10 +324,11 @@ def test_weights_that_are_not_contiguous():
     torch.testing.assert_close(first.weight, second.weight, rtol=1e-5, atol=1e-6)
 
 
-def test_empty_parameters():
+@pytest.mark.parametrize("vectors", ["element", "tensor"])
+def test_empty_parameters(vectors):
     parameters = [nn.Parameter(torch.empty(0)), nn.Parameter(torch.empty(0, 4)),
                   nn.Parameter(torch.tensor(1.0))]  # fmt: skip
-    optimizer = AdamMini(parameters, max_grad_norm=1.0)
+    optimizer = AdamMini(parameters, max_grad_norm=1.0, vectors=vectors)
     for parameter in parameters:
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
