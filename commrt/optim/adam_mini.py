@@ -14,6 +14,7 @@ from commrt.errors import ConfigError
 from commrt.ops import Second, StepTensor
 from commrt.optim.adamw import MOMENTS, adam_options
 from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
+from commrt.optim.compat import OfficialPartition
 from commrt.optim.partition import Blocks, Place, by_shape, find_blocks, parse, whole
 from commrt.optim.parts import Part, State, flat
 from commrt.optim.sections import Layout
@@ -54,6 +55,9 @@ class AdamMini(StepOptimizer):
             has to match, to texts ("row", "row:64", "column", "column:64", "element", "tensor"), or
             a function of name and parameter that returns such a text or None.
         vectors: Blocks of biases and norms: "element", or "tensor" as in the paper.
+        compat: "v1.1.1": blocks, and no weight decay of norms and biases, by the words in names for
+            which the package of the authors, adam-mini 1.1.1, looks; ``partition`` comes first. It
+            reads the heads from the model, or from "v1.1.1:dim=2048,num_heads=32".
         maximize: Go up.
         max_grad_norm: Clip gradients to this global norm in the step, without changing them;
             ``grad_norm`` is then the norm before clipping.
@@ -74,7 +78,7 @@ class AdamMini(StepOptimizer):
     """
 
     _FORMS = Forms({"exp_avg": "linear"}, lines=("exp_avg_sq",))
-    _KEPT = (*StepOptimizer._KEPT, "_partition", "_vectors", "_of_modules")
+    _KEPT = (*StepOptimizer._KEPT, "_partition", "_vectors", "_compat", "_of_modules")
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class AdamMini(StepOptimizer):
         weight_mode: WeightMode = "auto",
         partition: Partition | None = None,
         vectors: Literal["element", "tensor"] = "element",
+        compat: str | None = None,
         maximize: bool = False,
         max_grad_norm: float | None = None,
         seed: int = 0,
@@ -97,6 +102,8 @@ class AdamMini(StepOptimizer):
             raise ConfigError(f"vectors={vectors!r}: must be element or tensor")
         self._partition = partition
         self._vectors = vectors
+        whole_model = params if isinstance(params, nn.Module) else model
+        self._compat = None if compat is None else OfficialPartition.parse(compat, whole_model)
         self._of_modules: dict[Shard, Blocks] = {}
         super().__init__(
             params,
@@ -108,6 +115,15 @@ class AdamMini(StepOptimizer):
             max_grad_norm=max_grad_norm,
             seed=seed,
         )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch does; ``compat`` makes two groups of it, one of which is not decayed."""
+        groups = [param_group]
+        if self._compat is not None:
+            names = {p: [shard.name for shard in shards] for p, shards in self._found.items()}
+            groups = self._compat.groups(param_group, names)
+        for group in groups:
+            super().add_param_group(group)
 
     def _read_modules(self, model: nn.Module, places: Mapping[Place, Shard]) -> None:
         found = find_blocks(model, {place: shard.shape for place, shard in places.items()})
@@ -124,6 +140,8 @@ class AdamMini(StepOptimizer):
             text = next(found, None)
         if text is not None:
             return parse(text, shard.shape)
+        if self._compat is not None and parameter.requires_grad:
+            return self._compat.blocks(shard.name, shard.shape)
         blocks = self._of_modules.get(shard) or by_shape(shard.shape)
         if blocks.why == "vector" and self._vectors == "tensor":
             return whole(shard.shape, "vector")

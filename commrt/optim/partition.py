@@ -205,6 +205,18 @@ def find_blocks(model: nn.Module, shapes: Mapping[Place, Shape]) -> dict[Place, 
     return found
 
 
+def find_sizes(model: nn.Module) -> tuple[int | None, int | None]:
+    """Width and number of heads, of the first module that tells both; else the width is None."""
+    some_heads = None
+    for module in model.modules():
+        places = _places(module)
+        width, heads = _first_number(places, _WIDTH), _first_number(places, _NUM_HEADS)
+        if width and heads:
+            return width, heads
+        some_heads = some_heads or heads
+    return None, some_heads
+
+
 def _of_module(
     model: nn.Module, module: nn.Module, name: str, shapes: Mapping[str, Shape]
 ) -> Blocks:
@@ -348,7 +360,7 @@ def _heads(module: nn.Module) -> _Heads | None:
 
 def _places(module: nn.Module) -> list[Any]:
     """Where a module's sizes may be told."""
-    names = ("config", "args")
+    names = ("config", "args", "params", "model_args")
     return [module, *(getattr(module, name, None) for name in names)]
 
 
@@ -434,7 +446,7 @@ def _fused_runs(is_interleaved: bool, outputs: int, heads: _Heads, inputs: set[i
 # -- experts --------------------------------------------------------------------------------------
 
 # The last is that of the feed-forward part in some models which have one of the others too.
-_WIDTH = ("hidden_size", "d_model", "embed_dim", "dim", "hidden_dim")
+_WIDTH = ("hidden_size", "d_model", "n_embd", "embed_dim", "dim", "hidden_dim")
 
 
 def _experts(model: nn.Module, module: nn.Module, name: str, shapes: Mapping[str, Shape]) -> Blocks:
