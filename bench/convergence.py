@@ -1,9 +1,10 @@
-"""Validation loss of the main job, codec against codec, over seeds; "none" is the baseline.
+"""Validation loss of the main job over seeds: codecs against "none", or optimizers against AdamW.
 
 Every run is the real job: ``torchrun`` ranks on gloo, real text, real payloads. Runs that have
 already finished in the output folder are kept, so a broken-off benchmark goes on where it stopped.
 
     python -m bench.convergence --steps 1000 --seeds 0 1 2 -o bench/results/convergence.json
+    python -m bench.convergence --optims adam-mini adam-mini/int8 -o bench/results/optims.json
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import harness
+from commrt.training.config import OPTIMIZERS
 
 CODECS = (
     *("none", "loco4", "loco2", "loco2:beta=0.8", "block2"),
@@ -26,7 +28,6 @@ CODECS = (
 
 def train(method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """One run's summary."""
-    codec, _, gather = method.partition("/")
     name = method.replace(":", "_").replace("=", "").replace("/", "_")
     out = args.runs / f"{args.parallel}-{name}-seed{seed}"
     summary = out / "summary.json"
@@ -35,10 +36,9 @@ def train(method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(args.ranks), "-m", "commrt", "train", "--no-progress"),
             *("--preset", args.preset, "--steps", str(args.steps), "--seed", str(seed)),
-            *("--codec", codec, "--eval-windows", "512", "--out", str(out)),
+            *("--eval-windows", "512", "--out", str(out)),
             *("--parallel", args.parallel, "--hierarchy", str(args.hierarchy)),
-            *(("--gather", gather) if gather else ()),
-            *(("--keep-gathered",) if gather.startswith("delta") else ()),
+            *options_of(method),
         ]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
@@ -46,12 +46,26 @@ def train(method: str, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def summarise(codec: str, runs: Sequence[dict[str, Any]], exact: Sequence[float]) -> dict[str, Any]:
-    """Mean over seeds, and the gap to full precision seed by seed."""
+def options_of(method: str) -> list[str]:
+    """Of the main job."""
+    name, _, detail = method.partition("/")
+    if name in OPTIMIZERS:
+        return ["--codec", "none", "--optim", name, *(["--momentum", detail] if detail else [])]
+    return [
+        *("--codec", name),
+        *(("--gather", detail) if detail else ()),
+        *(("--keep-gathered",) if detail.startswith("delta") else ()),
+    ]
+
+
+def summarise(
+    method: str, runs: Sequence[dict[str, Any]], exact: Sequence[float]
+) -> dict[str, Any]:
+    """Mean over seeds, and the gap to the baseline seed by seed."""
     losses = [run["val_loss"] for run in runs]
     gaps = [100 * (loss / base - 1) for loss, base in zip(losses, exact, strict=True)]
     return {
-        "codec": codec,
+        "method": method,
         "val_loss": statistics.mean(losses),
         "spread": statistics.stdev(losses) if len(losses) > 1 else 0.0,
         "gap_%": statistics.mean(gaps),
@@ -65,7 +79,9 @@ def summarise(codec: str, runs: Sequence[dict[str, Any]], exact: Sequence[float]
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--codecs", nargs="+", default=CODECS, help="CODEC or CODEC/GATHER")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--codecs", nargs="+", default=CODECS, help="CODEC or CODEC/GATHER")
+    choice.add_argument("--optims", nargs="+", help="OPTIMIZER or OPTIMIZER/MOMENTUM")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--preset", default="1m")
@@ -75,14 +91,15 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/convergence"))
     parser.add_argument("-o", "--output", type=Path, help="JSON file")
     args = parser.parse_args()
-    codecs = list(dict.fromkeys(["none", *args.codecs]))
-    runs: dict[str, list[dict[str, Any]]] = {codec: [] for codec in codecs}
+    baseline = "adamw" if args.optims else "none"
+    methods = list(dict.fromkeys([baseline, *(args.optims or args.codecs)]))
+    runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
     for seed in args.seeds:
-        for codec in codecs:
-            runs[codec].append(train(codec, seed, args))
-            print(f"# seed {seed} {codec}: {runs[codec][-1]['val_loss']:.4f}", flush=True)
-    exact = [run["val_loss"] for run in runs["none"]]
-    rows = [summarise(codec, runs[codec], exact) for codec in codecs]
+        for method in methods:
+            runs[method].append(train(method, seed, args))
+            print(f"# seed {seed} {method}: {runs[method][-1]['val_loss']:.4f}", flush=True)
+    exact = [run["val_loss"] for run in runs[baseline]]
+    rows = [summarise(method, runs[method], exact) for method in methods]
     harness.print_table([name for name in rows[0] if name != "losses"], rows)
     if args.output:
         config = {
