@@ -18,6 +18,7 @@ from torch import Tensor
 
 from commrt.errors import ConfigError
 from commrt.ops.arrays import takes_arrays
+from commrt.ops.batch import StepBatch
 from commrt.ops.format import FLOAT_DTYPES, MAX_BETA, BlockFormat
 from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor
 from commrt.ops.native import status
@@ -29,6 +30,7 @@ __all__ = [
     "BlockFormat",
     "MomentMap",
     "Second",
+    "StepBatch",
     "StepOptions",
     "StepTensor",
     "adam_mini_",

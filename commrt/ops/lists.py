@@ -105,6 +105,10 @@ Lists = tuple[
 ]
 _PLACE = ("rows", "cols", "stochastic", "seed", "first_index", "index_stride", "second_from",
           "block_rows")  # fmt: skip
+SEED_PLACE = _PLACE.index("seed")
+
+NUM_PLACES = len(_PLACE)
+"""Numbers that the list of places has for each tensor."""
 
 
 def flatten(tensors: Sequence[StepTensor]) -> Lists:

@@ -6,12 +6,15 @@ import torch
 from torch import Tensor
 
 from commrt.errors import ConfigError
+from commrt.ops.batch import StepBatch
 from commrt.ops.format import FLOAT_DTYPES
-from commrt.ops.lists import Second, StepOptions, StepTensor, flatten, option_values
+from commrt.ops.lists import StepOptions, StepTensor
+
+Tensors = Sequence[StepTensor] | StepBatch
 
 
 def adam_mini_(
-    tensors: Sequence[StepTensor], options: StepOptions, *, grad_factor: Tensor | None = None
+    tensors: Tensors, options: StepOptions, *, grad_factor: Tensor | None = None
 ) -> None:
     """Adam-mini: one second moment for each block of rows, or for each row or column.
 
@@ -34,20 +37,10 @@ def adam_mini_(
     Source: Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", ICLR 2025 (arXiv
     2406.16793), algorithm 1.
     """
-    _check(tensors, num_moments=1, signed=(True,), grad_factor=grad_factor)
-    for i, t in enumerate(tensors):
-        _check_second(i, t, t.cols if t.second_from == Second.OF_COLUMN else t.rows)
-        if t.block_rows < 1 or t.rows % t.block_rows:
-            raise ConfigError(
-                f"block_rows={t.block_rows} of tensor {i}: must divide its {t.rows} rows"
-            )
-    if tensors:
-        torch.ops.commrt.adam_mini_(*flatten(tensors), option_values(options), grad_factor)
+    _run("adam_mini_", tensors, options, grad_factor)
 
 
-def adamw_(
-    tensors: Sequence[StepTensor], options: StepOptions, *, grad_factor: Tensor | None = None
-) -> None:
+def adamw_(tensors: Tensors, options: StepOptions, *, grad_factor: Tensor | None = None) -> None:
     """AdamW, a second moment for each element.
 
     ::
@@ -66,14 +59,10 @@ def adamw_(
     8 bits after Dettmers et al., "8-bit Optimizers via Block-wise Quantization", ICLR 2022, with
     powers of the code in place of their table.
     """
-    _check(tensors, num_moments=2, signed=(True, False), grad_factor=grad_factor)
-    if tensors:
-        torch.ops.commrt.adamw_(*flatten(tensors), option_values(options), grad_factor)
+    _run("adamw_", tensors, options, grad_factor)
 
 
-def mofo_(
-    tensors: Sequence[StepTensor], options: StepOptions, *, grad_factor: Tensor | None = None
-) -> None:
+def mofo_(tensors: Tensors, options: StepOptions, *, grad_factor: Tensor | None = None) -> None:
     """MoFO: AdamW where the momentum is large; other weights stay as they are.
 
     ::
@@ -94,16 +83,10 @@ def mofo_(
     Source: Chen et al., "MoFO: Momentum-Filtered Optimizer for Mitigating Forgetting in LLM
     Fine-Tuning", 2024 (arXiv 2407.20999), algorithm 1, with AdamW's decay.
     """
-    _check(tensors, num_moments=2, signed=(True, False), grad_factor=grad_factor)
-    for i, t in enumerate(tensors):
-        _check_second(i, t, 1)
-    if tensors:
-        torch.ops.commrt.mofo_(*flatten(tensors), option_values(options), grad_factor)
+    _run("mofo_", tensors, options, grad_factor)
 
 
-def lion_(
-    tensors: Sequence[StepTensor], options: StepOptions, *, grad_factor: Tensor | None = None
-) -> None:
+def lion_(tensors: Tensors, options: StepOptions, *, grad_factor: Tensor | None = None) -> None:
     """Lion: the sign of the momentum.
 
     ::
@@ -117,14 +100,10 @@ def lion_(
 
     Source: Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023, program 1.
     """
-    _check(tensors, num_moments=1, signed=(True,), grad_factor=grad_factor)
-    if tensors:
-        torch.ops.commrt.lion_(*flatten(tensors), option_values(options), grad_factor)
+    _run("lion_", tensors, options, grad_factor)
 
 
-def adan_(
-    tensors: Sequence[StepTensor], options: StepOptions, *, grad_factor: Tensor | None = None
-) -> None:
+def adan_(tensors: Tensors, options: StepOptions, *, grad_factor: Tensor | None = None) -> None:
     """Adan: Nesterov momentum from differences of gradients.
 
     With d = g - the gradient before, times ``has_before``::
@@ -141,10 +120,7 @@ def adan_(
     Source: Xie et al., "Adan: Adaptive Nesterov Momentum Algorithm for Faster Optimizing Deep
     Models", TPAMI 2024, algorithm 1, with 1 - beta for its beta.
     """
-    signed = (True, True, False, True)
-    _check(tensors, num_moments=4, signed=signed, grad_factor=grad_factor)
-    if tensors:
-        torch.ops.commrt.adan_(*flatten(tensors), option_values(options), grad_factor)
+    _run("adan_", tensors, options, grad_factor)
 
 
 def square_sums(
@@ -183,73 +159,6 @@ def square_sums(
     torch.ops.commrt.square_sums(list(grads), list(sums), places)
 
 
-def _check(
-    tensors: Sequence[StepTensor],
-    *,
-    num_moments: int,
-    signed: Sequence[bool],
-    grad_factor: Tensor | None,
-) -> None:
-    """A kernel given other tensors than it expects would write where nothing is."""
-    for i, t in enumerate(tensors):
-        _check_weights(i, t)
-        if len(t.moments) != num_moments:
-            raise ConfigError(f"tensor {i} has {len(t.moments)} moments: must be {num_moments}")
-        _check_moments(i, t, signed)
-        if not (0 <= t.seed < 1 << 63 and 0 <= t.first_index < 1 << 63):
-            raise ConfigError(f"seed or first_index of tensor {i}: must be in [0, 2**63)")
-        everything = (t.grad, *t.moments, *t.scales, t.extra, t.second, grad_factor)
-        for other in everything:
-            if other is not None and other.device != t.weights.device:
-                raise ConfigError(
-                    f"tensor {i} is on {other.device} and {t.weights.device}: must be on one"
-                )
-    if grad_factor is not None and (grad_factor.dtype, grad_factor.numel()) != (torch.float32, 1):
-        raise ConfigError(f"grad_factor is {grad_factor.dtype}: must be a float32 scalar")
-
-
-def _check_weights(i: int, t: StepTensor) -> None:
-    numel = t.rows * t.cols
-    if t.rows < 0 or t.cols < 1:
-        raise ConfigError(f"tensor {i} is {t.rows} x {t.cols}: must have a column")
-    for name, value in (("weights", t.weights), ("grad", t.grad)):
-        if value.dtype not in FLOAT_DTYPES:
-            raise ConfigError(f"{name} of tensor {i}: {value.dtype} must be one of {FLOAT_DTYPES}")
-    tensors = {"weights": t.weights, "grad": t.grad}
-    if t.extra is not None:
-        tensors["extra"] = t.extra
-    for k, moment in enumerate(t.moments):
-        tensors[f"moment {k}"] = moment
-    for name, value in tensors.items():
-        if value.numel() != numel or not value.is_contiguous():
-            raise ConfigError(f"{name} of tensor {i}: must be contiguous, {t.rows} x {t.cols}")
-    kinds = {torch.float32: (None,), torch.bfloat16: (None, torch.float32, torch.int8)}
-    allowed = kinds.get(t.weights.dtype, (torch.float32,))
-    found = None if t.extra is None else t.extra.dtype
-    if found not in allowed:
-        raise ConfigError(
-            f"extra of tensor {i} is {found}: must be one of {allowed} for {t.weights.dtype}"
-        )
-
-
-def _check_second(i: int, t: StepTensor, expected: int) -> None:
-    if t.second is None or t.second.dtype != torch.float32 or t.second.numel() != expected:
-        raise ConfigError(f"second of tensor {i}: must be fp32 of {expected} elements")
-
-
-def _check_moments(i: int, t: StepTensor, signed: Sequence[bool]) -> None:
-    first = t.moments[0].dtype
-    if first not in (torch.float32, torch.bfloat16, torch.int8):
-        raise ConfigError(f"moments of tensor {i} are {first}: must be float32, bfloat16 or int8")
-    for moment, has_sign in zip(t.moments, signed, strict=True):
-        expected = torch.float32 if first == torch.bfloat16 and not has_sign else first
-        if moment.dtype != expected:
-            raise ConfigError(f"a moment of tensor {i} is {moment.dtype}: must be {expected}")
-    if first != torch.int8:
-        return
-    segments = t.rows * t.segments_per_row
-    if len(t.scales) != len(t.moments) or any(
-        scale.dtype != torch.float32 or scale.numel() != segments or not scale.is_contiguous()
-        for scale in t.scales
-    ):
-        raise ConfigError(f"scales of tensor {i}: must be fp32 of {segments} elements a moment")
+def _run(name: str, tensors: Tensors, options: StepOptions, grad_factor: Tensor | None) -> None:
+    batch = tensors if isinstance(tensors, StepBatch) else StepBatch(name, tensors)
+    batch.run(name, options, grad_factor)

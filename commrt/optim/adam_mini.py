@@ -9,16 +9,15 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from commrt import ops
 from commrt.errors import ConfigError
-from commrt.ops import Second, StepTensor
+from commrt.ops import Second, StepOptions, StepTensor
 from commrt.optim.adamw import MOMENTS, adam_options
 from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
 from commrt.optim.compat import OfficialPartition
 from commrt.optim.partition import Blocks, Place, by_shape, find_blocks, parse, whole
 from commrt.optim.parts import Part, State, flat
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Shard
+from commrt.optim.shards import Piece, Shard
 from commrt.optim.states import Forms, of_weights
 
 Partition = Callable[[str, nn.Parameter], str | None] | Mapping[str, str]
@@ -185,37 +184,35 @@ class AdamMini(StepOptimizer):
         is_coded = self._moments(layout)["exp_avg"] == torch.int8
         return layout.blocks.is_embedding and is_coded
 
-    def _update(
-        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
+    def _prepare(
+        self, groups: Sequence[tuple[dict[str, Any], Sequence[Part]]], grad_factor: Tensor | None
     ) -> None:
-        options = adam_options(group, step, self.maximize)
-        in_blocks: list[StepTensor] = []
-        by_element: list[StepTensor] = []
-        for part in parts:
-            if part.layout.blocks.axis == "element":
-                by_element.extend(part.tensors(MOMENTS))
-            else:
-                self._update_second(part, group["betas"][1], grad_factor)
-                in_blocks.extend(_in_blocks(part))
-        ops.adam_mini_(in_blocks, options, grad_factor=grad_factor)
-        ops.adamw_(by_element, options, grad_factor=grad_factor)
+        """Update the second moments of blocks that the step cannot sum by itself."""
+        totals = self._agreed_totals()
+        for group, parts in groups:
+            for part in parts:
+                second = part.state("exp_avg_sq")
+                totals.update_second(part.layout, second, group["betas"][1], grad_factor)
 
+    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+        if part.layout.blocks.axis == "element":
+            for piece in part.layout.pieces:
+                yield "adamw_", piece, part.tensor(piece, MOMENTS)
+            return
+        second = part.state("exp_avg_sq")
+        for section in part.layout.sections:
+            piece, is_whole = section.piece, section.is_whole
+            rule = {
+                "second": second[piece.line : piece.line + piece.rows],
+                "second_from": Second.UPDATED if is_whole else Second.OF_ROW,
+                "block_rows": section.block_rows if is_whole else 1,
+            }
+            yield "adam_mini_", piece, part.tensor(piece, ("exp_avg",), **rule)
+        for columns in part.layout.columns:
+            piece = columns.piece
+            own = second[columns.second : columns.second + piece.cols]
+            rule = {"second": own, "second_from": Second.OF_COLUMN}
+            yield "adam_mini_", piece, part.tensor(piece, ("exp_avg",), **rule)
 
-def _in_blocks(part: Part) -> Iterator[StepTensor]:
-    second = part.state("exp_avg_sq")
-    for section in part.layout.sections:
-        piece, is_whole = section.piece, section.is_whole
-        yield part.tensor(
-            piece,
-            ("exp_avg",),
-            second=second[piece.line : piece.line + piece.rows],
-            second_from=Second.UPDATED if is_whole else Second.OF_ROW,
-            block_rows=section.block_rows if is_whole else 1,
-        )
-    for columns in part.layout.columns:
-        yield part.tensor(
-            columns.piece,
-            ("exp_avg",),
-            second=second[columns.second : columns.second + columns.piece.cols],
-            second_from=Second.OF_COLUMN,
-        )
+    def _options(self, group: dict[str, Any], step: int) -> StepOptions:
+        return adam_options(group, step, self.maximize)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from commrt import ops
-from commrt.ops import StepOptions
+from commrt.ops import StepOptions, StepTensor
 from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
+from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -81,11 +81,12 @@ class AdamW8bit(StepOptimizer):
         first = moment_dtype(self.momentum_dtype, layout)
         return {"exp_avg": first, "exp_avg_sq": first if first == torch.int8 else torch.float32}
 
-    def _update(
-        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
-    ) -> None:
-        tensors = [tensor for part in parts for tensor in part.tensors(MOMENTS)]
-        ops.adamw_(tensors, adam_options(group, step, self.maximize), grad_factor=grad_factor)
+    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+        for piece in part.layout.pieces:
+            yield "adamw_", piece, part.tensor(piece, MOMENTS)
+
+    def _options(self, group: dict[str, Any], step: int) -> StepOptions:
+        return adam_options(group, step, self.maximize)
 
 
 def adam_options(group: dict[str, Any], step: int, maximize: bool) -> StepOptions:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from commrt import ops
-from commrt.ops import StepOptions
+from commrt.ops import StepOptions, StepTensor
 from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
+from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 
 _MOMENTS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
@@ -93,11 +93,13 @@ class Adan(StepOptimizer):
         square = chosen if chosen == torch.int8 else torch.float32
         return {name: square if name == "exp_avg_sq" else chosen for name in _MOMENTS}
 
-    def _update(
-        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
-    ) -> None:
+    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+        for piece in part.layout.pieces:
+            yield "adan_", piece, part.tensor(piece, _MOMENTS)
+
+    def _options(self, group: dict[str, Any], step: int) -> StepOptions:
         (beta1, beta2, beta3), lr = group["betas"], float(group["lr"])
-        options = StepOptions(
+        return StepOptions(
             beta1=beta1,
             beta2=beta2,
             beta3=beta3,
@@ -109,5 +111,3 @@ class Adan(StepOptimizer):
             root_correction=math.sqrt(1 - beta3**step),
             grad_scale=-1.0 if self.maximize else 1.0,
         )
-        tensors = [tensor for part in parts for tensor in part.tensors(_MOMENTS)]
-        ops.adan_(tensors, options, grad_factor=grad_factor)

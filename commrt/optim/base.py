@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from commrt import ops
 from commrt.errors import ConfigError
+from commrt.ops import StepOptions, StepTensor
 from commrt.optim.partition import Blocks, Place, by_shape
 from commrt.optim.parts import Part, State, flat, zeros
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Shard, Span, find_shards, is_flat, shard_of
+from commrt.optim.shards import Piece, Shard, Span, find_shards, is_flat, shard_of
 from commrt.optim.states import Forms, of_weights
 from commrt.optim.totals import Totals
 
@@ -29,6 +32,17 @@ _WEIGHT_MODES = ("auto", "master", "residual", "stochastic")
 # Smaller parameters keep fp32 moments: 8 bits would save nothing worth the rounding.
 _LEAST_CODED_NUMEL = 4096
 _LEAST_CODED_COLS = 64
+# Which parameters have gradients may change from step to step.
+_MOST_BATCHES = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class _Batch:
+    """The tensors of an op, whose parts they are of, and whether they take random numbers."""
+
+    tensors: ops.StepBatch
+    rows: list[tuple[Part, Piece]]
+    is_drawn: bool
 
 
 class StepOptimizer(Optimizer):
@@ -83,6 +97,8 @@ class StepOptimizer(Optimizer):
         self.seed = seed
         self.grad_norm: Tensor | None = None
         self._totals: Totals | None = None
+        self._parts: dict[Layout, Part] = {}
+        self._batches: dict[tuple[int, ...], dict[str, _Batch]] = {}
         self._layouts: dict[nn.Parameter, tuple[Layout, ...]] = {}
         self._numbers: dict[Layout, int] = {}
         self._found: dict[nn.Parameter, list[Shard]] = {}
@@ -133,7 +149,7 @@ class StepOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in self._KEPT}
-        return {**super().__getstate__(), **kept, "_totals": None}
+        return {**super().__getstate__(), **kept, "_totals": None, "_parts": {}, "_batches": {}}
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -178,28 +194,26 @@ class StepOptimizer(Optimizer):
 
     def _step(self) -> None:
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
-        parts = [list(self._parts(group)) for group in self.param_groups]
+        groups = [(group, list(self._parts_of(group))) for group in self.param_groups]
         totals = self._agreed_totals()
-        totals.sum({part.layout: part.grad for some in parts for part in some}, found_inf)
+        totals.sum({part.layout: part.grad for _, some in groups for part in some}, found_inf)
         if totals.found_inf or (found_inf is not None and bool(found_inf)):
             return
         factor = None if scale is None else scale.float().reciprocal()
         if self.max_grad_norm is not None:
             factor = self._clip(totals, factor, self.max_grad_norm)
-        self._prepare(list(zip(self.param_groups, parts, strict=True)), factor)
-        for group, some in zip(self.param_groups, parts, strict=True):
+        self._prepare(groups, factor)
+        for group, parts in groups:
             by_step: dict[int, list[Part]] = {}
-            for part in some:
+            for part in parts:
                 by_step.setdefault(part.step, []).append(part)
             for step, alike in by_step.items():
                 self._update(group, step, alike, factor)
-                for part in alike:
-                    part.write_back()
-        for parameter in self._parameters():
-            if parameter.grad is not None:
-                self.state[parameter]["step"] += 1
+        steps = [self.state[p]["step"] for p in self._parameters() if p.grad is not None]
+        if steps:
+            torch._foreach_add_(steps, 1)
 
-    def _parts(self, group: dict[str, Any]) -> Iterator[Part]:
+    def _parts_of(self, group: dict[str, Any]) -> Iterator[Part]:
         """All that this rank has of a group, and has a gradient."""
         for parameter in group["params"]:
             if parameter.grad is None:
@@ -211,19 +225,66 @@ class StepOptimizer(Optimizer):
             for layout, own in zip(
                 self._layouts[parameter], self._states_of(parameter, state), strict=True
             ):
-                is_drawn = self.weight_mode == "stochastic" or self._is_stochastic(layout)
-                yield Part(
-                    layout,
-                    parameter,
-                    own,
-                    step=step,
-                    stochastic=self._is_stochastic(layout),
-                    seed=self._seed(layout, step) if is_drawn else 0,
-                )
+                part = self._parts.get(layout)
+                if part is None or not part.is_of(parameter, own):
+                    stochastic = self._is_stochastic(layout)
+                    part = Part(layout, parameter, own, stochastic=stochastic)
+                    self._parts[layout] = part
+                    self._batches.clear()
+                part.take(parameter.grad, step)
+                yield part
 
     def _is_stochastic(self, layout: Layout) -> bool:
         """Whether the first moment of a tensor is rounded stochastically."""
         return False
+
+    def _prepare(
+        self, groups: Sequence[tuple[dict[str, Any], Sequence[Part]]], grad_factor: Tensor | None
+    ) -> None:
+        """What else is to be done before a step; all ranks call, with or without parts."""
+
+    def _update(
+        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
+    ) -> None:
+        """Take step number ``step`` (from 1) with parts of a group."""
+        key = tuple(map(id, parts))
+        if key not in self._batches:
+            if len(self._batches) >= _MOST_BATCHES:
+                self._batches.clear()
+            self._batches[key] = self._make_batches(parts)
+        options = self._options(group, step)
+        for name, batch in self._batches[key].items():
+            seeds = None
+            if batch.is_drawn:
+                seeds = [self._seed(part.layout, step) for part, _ in batch.rows]
+            batch.tensors.renew([part.grad_of(piece) for part, piece in batch.rows], seeds)
+            getattr(ops, name)(batch.tensors, options, grad_factor=grad_factor)
+        for part in parts:
+            part.write_back()
+
+    def _make_batches(self, parts: Sequence[Part]) -> dict[str, _Batch]:
+        """The ops of a step, with their tensors."""
+        found: dict[str, list[tuple[Part, Piece, StepTensor]]] = {}
+        for part in parts:
+            for name, piece, tensor in self._tensors(part):
+                found.setdefault(name, []).append((part, piece, tensor))
+        return {
+            name: _Batch(
+                tensors=ops.StepBatch(name, [tensor for _, _, tensor in rows]),
+                rows=[(part, piece) for part, piece, _ in rows],
+                is_drawn=self.weight_mode == "stochastic"
+                or any(part.stochastic for part, _, _ in rows),
+            )
+            for name, rows in found.items()
+        }
+
+    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+        """The rows of a part, with the name of the op that updates them."""
+        raise NotImplementedError
+
+    def _options(self, group: dict[str, Any], step: int) -> StepOptions:
+        """The coefficients of a step, from 1."""
+        raise NotImplementedError
 
     def _agreed_totals(self) -> Totals:
         if self._totals is None:
@@ -241,22 +302,6 @@ class StepOptimizer(Optimizer):
                 wants_blocks=bool(self._FORMS.lines),
             )
         return self._totals
-
-    def _update_second(self, part: Part, beta2: float, grad_factor: Tensor | None) -> None:
-        """Of blocks that the step cannot sum by itself."""
-        assert self._totals is not None
-        self._totals.update_second(part.layout, part.state("exp_avg_sq"), beta2, grad_factor)
-
-    def _prepare(
-        self, groups: Sequence[tuple[dict[str, Any], Sequence[Part]]], grad_factor: Tensor | None
-    ) -> None:
-        """What else ranks have to do together before a step; all call, with or without parts."""
-
-    def _update(
-        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
-    ) -> None:
-        """Take step number ``step`` (from 1) with parts of a group."""
-        raise NotImplementedError
 
     def _clip(self, totals: Totals, factor: Tensor | None, largest: float) -> Tensor:
         """What gradients are multiplied by, so that their norm is at most ``largest``.

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from commrt import ops
-from commrt.ops import StepOptions
+from commrt.ops import StepOptions, StepTensor
 from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
+from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 
 
@@ -75,16 +75,16 @@ class Lion(StepOptimizer):
     def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
         return {"exp_avg": moment_dtype(self.momentum_dtype, layout)}
 
-    def _update(
-        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
-    ) -> None:
+    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+        for piece in part.layout.pieces:
+            yield "lion_", piece, part.tensor(piece, ("exp_avg",))
+
+    def _options(self, group: dict[str, Any], step: int) -> StepOptions:
         (beta1, beta2), lr = group["betas"], float(group["lr"])
-        options = StepOptions(
+        return StepOptions(
             beta1=beta1,
             beta2=beta2,
             decay=1 - lr * group["weight_decay"],
             step_size=lr,
             grad_scale=-1.0 if self.maximize else 1.0,
         )
-        tensors = [tensor for part in parts for tensor in part.tensors(("exp_avg",))]
-        ops.lion_(tensors, options, grad_factor=grad_factor)

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from commrt import ops
 from commrt.errors import ConfigError
+from commrt.ops import StepOptions, StepTensor
 from commrt.optim.adamw import MOMENTS, adam_options
 from commrt.optim.base import MOMENTUM_DTYPES, Params, StepOptimizer, WeightMode
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
+from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 from commrt.optim.totals import sum_over
 
@@ -105,11 +106,11 @@ class MoFO(StepOptimizer):
             for group, parts in groups
             for part in parts
         }
-        self._thresholds = {}
         for layouts, device in self._pools():
             momenta = [of_part.get(layout) for layout in layouts]
             found = _thresholds(layouts, momenta, grad_factor, self.fraction, device)
-            self._thresholds.update(zip(layouts, found, strict=True))
+            for layout, threshold in zip(layouts, found, strict=True):
+                self._thresholds.setdefault(layout, threshold).copy_(threshold)
 
     def _pools(self) -> Iterator[tuple[list[Layout], torch.device]]:
         """The tensors of this rank alone, one after the other, and those of each set of ranks."""
@@ -123,15 +124,12 @@ class MoFO(StepOptimizer):
         for (_, device), layouts in shared.items():
             yield layouts, device
 
-    def _update(
-        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
-    ) -> None:
-        tensors = [
-            tensor
-            for part in parts
-            for tensor in part.tensors(MOMENTS, second=self._thresholds[part.layout])
-        ]
-        ops.mofo_(tensors, adam_options(group, step, self.maximize), grad_factor=grad_factor)
+    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+        for piece in part.layout.pieces:
+            yield "mofo_", piece, part.tensor(piece, MOMENTS, second=self._thresholds[part.layout])
+
+    def _options(self, group: dict[str, Any], step: int) -> StepOptions:
+        return adam_options(group, step, self.maximize)
 
 
 class _Momentum:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,35 +23,51 @@ def flat(value: Tensor) -> Tensor:
 
 
 class Part:
-    """A tensor's weights, gradient and state on this rank.
+    """A tensor's weights, gradient and state on this rank, for as long as they stay where they are.
 
     Args:
         layout: Of the tensor.
-        parameter: That it is, or is in; with a gradient.
+        parameter: That it is, or is in.
         state: Of the tensor.
-        step: Number of the step, from 1.
         stochastic: Whether the first moment is rounded stochastically, if it has 8 bits.
-        seed: Of the random numbers.
+
+    Attributes:
+        grad: Flat; see :meth:`take`.
+        step: Number of the step, from 1.
     """
 
+    grad: Tensor
+    step: int
+
     def __init__(
-        self,
-        layout: Layout,
-        parameter: nn.Parameter,
-        state: Mapping[str, Any],
-        *,
-        step: int,
-        stochastic: bool,
-        seed: int,
+        self, layout: Layout, parameter: nn.Parameter, state: State, *, stochastic: bool
     ) -> None:
-        assert parameter.grad is not None
-        self.layout, self.step = layout, step
-        self.grad = layout.shard.local(parameter.grad).contiguous().view(-1)
+        self.layout, self.stochastic = layout, stochastic
+        self._given = tuple(state.values())
         self._weights = layout.shard.local(parameter)
+        self._is_copied = not self._weights.is_contiguous()
         self._stepped = self._weights.contiguous()
         self._state = {name: flat(value) for name, value in state.items() if name != "step"}
         self._extra = self._state.get("master", self._state.get("weight_residual"))
-        self._stochastic, self._seed = stochastic, seed
+
+    def is_of(self, parameter: nn.Parameter, state: State) -> bool:
+        """Whether parameter and state are still what this was made of."""
+        address = self.layout.shard.local(parameter).data_ptr()
+        return address == self._weights.data_ptr() and all(
+            map(operator.is_, self._given, state.values())
+        )
+
+    def take(self, grad: Tensor, step: int) -> None:
+        """Take the gradient of the parameter for the next step."""
+        self.grad = self.layout.shard.local(grad).contiguous().view(-1)
+        self.step = step
+        if self._is_copied:
+            self._stepped.copy_(self._weights)
+
+    def grad_of(self, piece: Piece) -> Tensor:
+        """Of some rows, flat."""
+        numel = piece.rows * piece.cols
+        return self.grad if numel == self.grad.numel() else self.grad[piece.start :][:numel]
 
     def state(self, name: str) -> Tensor:
         """Flat."""
@@ -76,27 +93,21 @@ class Part:
         is_line = self.layout.blocks.axis == "element"
         return StepTensor(
             weights=part(self._stepped.view(-1)),
-            grad=part(self.grad),
+            grad=self.grad_of(piece),
             moments=tuple(part(self._state[name]) for name in moments),
             rows=1 if is_line else piece.rows,
             cols=piece.rows if is_line else piece.cols,
             scales=tuple(scale[segments] for scale in scales),
             extra=None if self._extra is None else part(self._extra),
-            stochastic=self._stochastic,
-            seed=self._seed,
+            stochastic=self.stochastic,
             first_index=piece.row * cols + piece.col,
             index_stride=cols,
             **rule,
         )
 
-    def tensors(self, moments: Sequence[str], **rule: Any) -> Iterator[StepTensor]:
-        """All of its rows."""
-        for piece in self.layout.pieces:
-            yield self.tensor(piece, moments, **rule)
-
     def write_back(self) -> None:
         """What is not contiguous was stepped as a copy."""
-        if self._stepped.data_ptr() != self._weights.data_ptr():
+        if self._is_copied:
             self._weights.copy_(self._stepped)
 
 
