@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from commrt import optim
     from commrt.codecs import BlockCodec, Codec, ExactCodec, LocoCodec, NoopCodec, parse
     from commrt.collectives import all_gather, all_reduce_, new_residuals, reduce_scatter
     from commrt.hooks import Comm, CommStats, ShardedComm, attach, ddp_hook
@@ -25,6 +26,7 @@ __all__ = [
     "attach",
     "ddp_hook",
     "new_residuals",
+    "optim",
     "parse",
     "reduce_scatter",
 ]
@@ -41,6 +43,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("commrt")
+    if name == "optim":
+        return importlib.import_module("commrt.optim")
     for module, names in _HOME.items():
         if name in names:
             return getattr(importlib.import_module(module), name)

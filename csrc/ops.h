@@ -1,5 +1,5 @@
 // What the ops take, on every device: plain pointers, whole tensors or windows of whole blocks.
-// Each op has the same name in commrt/ops/reference.py, which is its specification.
+// Each op has the same name in commrt/ops/reference, which is its specification.
 #pragma once
 
 #include <cstdint>
