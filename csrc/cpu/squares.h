@@ -48,8 +48,9 @@ COMMRT_INLINE double row_squares(const std::uint8_t* from, std::int64_t rows, st
     std::memcpy(last, from + col * size, static_cast<std::size_t>((cols - col) * size));
     lane[next++ % kSumLanes] += static_cast<double>(segment_squares<dtype>(last));
   }
+  const int used = next < kSumLanes ? static_cast<int>(next) : kSumLanes;
   for (int width = kSumLanes / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lane[i] += lane[i + width];
+    for (int i = 0; i + width < used && i < width; ++i) lane[i] += lane[i + width];
   }
   return lane[0];
 }
