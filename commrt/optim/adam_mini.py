@@ -20,7 +20,7 @@ from commrt.optim.sections import Layout
 from commrt.optim.shards import Piece, Shard
 from commrt.optim.states import Forms, of_weights
 
-Partition = Callable[[str, nn.Parameter], str | None] | Mapping[str, str]
+Partition = Callable[[str, Tensor], str | None] | Mapping[str, str]
 
 
 class AdamMini(StepOptimizer):
@@ -52,7 +52,8 @@ class AdamMini(StepOptimizer):
             stochastically, without memory.
         partition: Blocks of some parameters: a mapping of regular expressions, which a whole name
             has to match, to texts ("row", "row:64", "column", "column:64", "element", "tensor"), or
-            a function of name and parameter that returns such a text or None.
+            a function of a name and a tensor of the whole shape, on the meta device, that returns
+            such a text or None.
         vectors: Blocks of biases and norms: "element", or "tensor" as in the paper.
         compat: "v1.1.1": blocks, and no weight decay of norms and biases, by the words in names for
             which the package of the authors, adam-mini 1.1.1, looks; ``partition`` comes first. It
@@ -77,6 +78,7 @@ class AdamMini(StepOptimizer):
     """
 
     _FORMS = Forms({"exp_avg": "linear"}, lines=("exp_avg_sq",))
+    _HAS_BLOCKS = True
     _KEPT = (*StepOptimizer._KEPT, "_partition", "_vectors", "_compat", "_of_modules")
 
     def __init__(
@@ -131,7 +133,9 @@ class AdamMini(StepOptimizer):
     def _blocks(self, shard: Shard, parameter: nn.Parameter) -> Blocks:
         text = None
         if callable(self._partition):
-            text = self._partition(shard.name, parameter)
+            # FSDP1's parameters have other shapes than their tensors.
+            whole_one = torch.empty(shard.shape, dtype=parameter.dtype, device="meta")
+            text = self._partition(shard.name, whole_one)
         elif self._partition is not None:
             found = (
                 t for pattern, t in self._partition.items() if re.fullmatch(pattern, shard.name)

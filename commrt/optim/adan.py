@@ -53,6 +53,7 @@ class Adan(StepOptimizer):
     Models", TPAMI 2024 (arXiv 2208.06677), algorithm 1.
     """
 
+    _NUM_BETAS = 3
     _FORMS = Forms(
         {
             "exp_avg": "square",

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from commrt import ops
+from commrt.collectives.wrappers import plain_name
 from commrt.errors import ConfigError
 from commrt.ops import StepOptions, StepTensor
 from commrt.optim.partition import Blocks, Place, by_shape
@@ -67,6 +68,9 @@ class StepOptimizer(Optimizer):
 
     _step_supports_amp_scaling = True
     _FORMS: Forms
+    _NUM_BETAS = 2
+    _HAS_BLOCKS = False
+    """Whether there are second moments that several ranks may have to sum."""
     _KEPT: tuple[str, ...] = (
         *("momentum_dtype", "weight_mode", "maximize", "max_grad_norm", "seed", "grad_norm"),
         *("_layouts", "_found", "_numbers"),
@@ -128,20 +132,27 @@ class StepOptimizer(Optimizer):
         Raises:
             ConfigError: An option is out of range, or the step cannot serve a parameter.
         """
-        check_options({**self.defaults, **param_group})
+        check_options({**self.defaults, **param_group}, self._NUM_BETAS)
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         names = group.get("param_names") or [""] * len(group["params"])
-        for name, parameter in zip(names, group["params"], strict=True):
-            self._check(name, parameter)
-            shards = self._found.get(parameter) or [shard_of(name, parameter)]
-            layouts = tuple(Layout(shard, self._blocks(shard, parameter)) for shard in shards)
-            self._layouts[parameter] = layouts
-            for layout in layouts:
-                # The same however the model is wrapped, if names are known.
-                name_sum = zlib.crc32(layout.shard.name.encode())
-                self._numbers[layout] = name_sum if layout.shard.name else len(self._numbers)
+        try:
+            for name, parameter in zip(names, group["params"], strict=True):
+                self._add(plain_name(name), parameter)
+        except ConfigError:
+            self.param_groups.pop()
+            raise
         self._totals = None
+
+    def _add(self, name: str, parameter: nn.Parameter) -> None:
+        self._check(name, parameter)
+        shards = self._found.get(parameter) or [shard_of(name, parameter)]
+        layouts = tuple(Layout(shard, self._blocks(shard, parameter)) for shard in shards)
+        self._layouts[parameter] = layouts
+        for layout in layouts:
+            # The same however the model is wrapped, if names are known.
+            name_sum = zlib.crc32(layout.shard.name.encode())
+            self._numbers[layout] = name_sum if layout.shard.name else len(self._numbers)
 
     def _blocks(self, shard: Shard, parameter: nn.Parameter) -> Blocks:
         """Of a tensor; here it only says what its rows are."""
@@ -218,6 +229,11 @@ class StepOptimizer(Optimizer):
         for parameter in group["params"]:
             if parameter.grad is None:
                 continue
+            if parameter not in self._layouts:
+                raise ConfigError(
+                    f"a parameter of shape {tuple(parameter.shape)} is there in the place of "
+                    "another: the optimizer must be made after the model is wrapped"
+                )
             state = self.state[parameter]
             if not state:
                 state.update(self._new_state(parameter, parameter.device))
@@ -299,7 +315,7 @@ class StepOptimizer(Optimizer):
                     "seed": self.seed,
                 },
                 wants_norm=self.max_grad_norm is not None,
-                wants_blocks=bool(self._FORMS.lines),
+                wants_blocks=self._HAS_BLOCKS,
             )
         return self._totals
 
@@ -381,22 +397,25 @@ class StepOptimizer(Optimizer):
         Raises:
             StateError: A tensor has another shape or dtype than this optimizer's would have.
         """
-        given: dict[str, Any] = {}
+        loaded: dict[nn.Parameter, State] = {}
+        seconds: dict[Layout, tuple[Tensor, Tensor]] = {}
 
-        def capture(_: Optimizer, final: dict[str, Any]) -> None:
-            given.update(final)
+        def take_state(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
+            """Torch would cast it."""
+            ids = [id_ for group in final["param_groups"] for id_ in group["params"]]
+            for id_, parameter in zip(ids, self._parameters(), strict=False):
+                state = final["state"].get(id_)
+                if state:
+                    loaded[parameter] = self._loaded(parameter, state, seconds)
+            return {**final, "state": {}}
 
-        hook = self.register_load_state_dict_pre_hook(capture)
+        hook = self.register_load_state_dict_pre_hook(take_state)
         try:
             super().load_state_dict(state_dict)
         finally:
             hook.remove()
-        ids = [id_ for group in given["param_groups"] for id_ in group["params"]]
-        seconds: dict[Layout, tuple[Tensor, Tensor]] = {}
-        for id_, parameter in zip(ids, self._parameters(), strict=True):
-            state = given["state"].get(id_)
-            if state:
-                self.state[parameter] = self._loaded(parameter, state, seconds)
+        for parameter, state in loaded.items():
+            self.state[parameter] = state
         self._finish_loading(seconds)
 
     def _loaded(
@@ -439,8 +458,10 @@ class StepOptimizer(Optimizer):
         return sum(value.numel() * value.element_size() for value in local)
 
 
-def check_options(options: Mapping[str, Any]) -> None:
+def check_options(options: Mapping[str, Any], num_betas: int) -> None:
     """Raise ConfigError for a rate, beta, eps or decay that is out of range."""
+    if len(options["betas"]) != num_betas:
+        raise ConfigError(f"betas={options['betas']}: must be {num_betas}")
     if not 0 <= float(options["lr"]) < math.inf:
         raise ConfigError(f"lr={options['lr']}: must be at least 0 and finite")
     if not all(0 <= beta < 1 for beta in options["betas"]):

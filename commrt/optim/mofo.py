@@ -21,6 +21,7 @@ from commrt.optim.totals import sum_over
 
 # The bits of a magnitude, from above: the largest are found in three rounds.
 _ROUNDS = ((20, 2048), (10, 1024), (0, 1024))
+_CHUNK = 1 << 17  # elements that stay in the caches
 
 
 class MoFO(StepOptimizer):
@@ -139,12 +140,15 @@ class _Momentum:
         self._part, self._grad_scale = part, grad_scale
         self._keep = torch.tensor(beta1, device=part.grad.device)
 
-    def bits(self, grad_factor: Tensor | None) -> Tensor:
-        """Of its magnitudes, int32: in the order of the magnitudes."""
+    def bits(self, grad_factor: Tensor | None) -> Iterator[Tensor]:
+        """Of its magnitudes, int32: in the order of the magnitudes; some at a time."""
         scale = self._grad_scale if grad_factor is None else self._grad_scale * grad_factor
         share = (1 - self._keep) * scale
-        moment = self._keep * self._part.state("exp_avg").float() + share * self._part.grad.float()
-        return moment.abs_().view(torch.int32)
+        for before, grad in zip(
+            self._part.state("exp_avg").split(_CHUNK), self._part.grad.split(_CHUNK), strict=True
+        ):
+            moment = self._keep * before.float()
+            yield moment.add_(share * grad.float()).abs_().view(torch.int32)
 
 
 def _thresholds(
@@ -162,9 +166,10 @@ def _thresholds(
         counts_LB = torch.zeros(len(layouts), bins, dtype=torch.int64, device=device)
         for i, momentum in enumerate(momenta):
             if momentum is not None:
-                bits = momentum.bits(grad_factor)
-                like = bits[bits >> shift >> 10 == found_L1[i]] if shift < _ROUNDS[0][0] else bits
-                counts_LB[i] = torch.bincount((like >> shift) % bins, minlength=bins)
+                for bits in momentum.bits(grad_factor):
+                    if shift < _ROUNDS[0][0]:
+                        bits = bits[bits >> shift >> 10 == found_L1[i]]
+                    counts_LB[i] += torch.bincount((bits >> shift) & (bins - 1), minlength=bins)
         sum_over(counts_LB, layouts[0].shard.groups)
         from_top_LB = counts_LB.flip(1).cumsum(1)
         place_L1 = (from_top_LB >= left_L1).int().argmax(dim=1, keepdim=True)

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from commrt.errors import ConfigError
 from commrt.ops import StepTensor
+from commrt.ops.format import FLOAT_DTYPES
 from commrt.optim.sections import Layout
 from commrt.optim.shards import Piece
 
@@ -59,6 +61,11 @@ class Part:
 
     def take(self, grad: Tensor, step: int) -> None:
         """Take the gradient of the parameter for the next step."""
+        if grad.dtype not in FLOAT_DTYPES or grad.layout != torch.strided:
+            raise ConfigError(
+                f"gradient of {self.layout.shard.name!r} of shape {self.layout.shard.shape} is "
+                f"{grad.dtype}, {grad.layout}: must be dense, one of {FLOAT_DTYPES}"
+            )
         self.grad = self.layout.shard.local(grad).contiguous().view(-1)
         self.step = step
         if self._is_copied:
@@ -90,7 +97,7 @@ class Part:
         ]
         segments = slice(piece.segment, piece.segment + piece.rows * piece.segments_per_row)
         cols = self.layout.blocks.cols
-        is_line = self.layout.blocks.axis == "element"
+        is_line = self.layout.blocks.axis == "element" and cols == 1
         return StepTensor(
             weights=part(self._stepped.view(-1)),
             grad=self.grad_of(piece),

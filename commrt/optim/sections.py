@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -66,6 +67,8 @@ class Layout:
     """
 
     def __init__(self, shard: Shard, blocks: Blocks) -> None:
+        if blocks.axis == "element" and isinstance(shard, Box):
+            blocks = dataclasses.replace(blocks, row_dims=shard.last_cut or blocks.row_dims)
         self.shard, self.blocks = shard, blocks
         if isinstance(shard, Box) and any(
             part != whole
@@ -91,7 +94,9 @@ class Layout:
         for lines, size in self.blocks.block_sizes():
             sizes.append(size)
             counts.append(lines // size)
-        size_B = torch.tensor(sizes).repeat_interleave(torch.tensor(counts))
+        size_B = torch.tensor(sizes, dtype=torch.int64).repeat_interleave(
+            torch.tensor(counts, dtype=torch.int64)
+        )
         if self.blocks.axis == "row":
             return size_B[block_B] * self.blocks.cols
         return size_B[block_B % len(size_B)] * self.blocks.matrix_rows
@@ -141,8 +146,8 @@ def _rows(piece: Piece, begin: int, end: int) -> Piece:
 
 
 def _column_sections(shard: Shard, blocks: Blocks, pieces: tuple[Piece, ...]) -> Iterator[Columns]:
-    sizes = torch.tensor([size for _, size in blocks.block_sizes()])
-    lines = torch.tensor([lines for lines, _ in blocks.block_sizes()])
+    sizes = torch.tensor([size for _, size in blocks.block_sizes()], dtype=torch.int64)
+    lines = torch.tensor([lines for lines, _ in blocks.block_sizes()], dtype=torch.int64)
     size_B = sizes.repeat_interleave(lines // sizes)
     block_C = torch.arange(len(size_B)).repeat_interleave(size_B)
     rows = blocks.matrix_rows

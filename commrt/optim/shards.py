@@ -116,6 +116,12 @@ class Box(Shard):
             if _dim(placement) is not None and self.mesh.size(place) > 1
         )
 
+    @property
+    def last_cut(self) -> int:
+        """The last dimension of which it has a part."""
+        cut = (d for d, n in enumerate(self.shape) if self.size[d] != n)
+        return max(cut, default=0)
+
     def pieces(self, blocks: Blocks) -> Iterator[Piece]:
         """A range of each dimension."""
         return _box_pieces(blocks, self.offset, self.size)
@@ -244,8 +250,8 @@ def find_shards(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, Shard]]
 
     A shared one comes once for every module that has it; a flat parameter once for every tensor.
     """
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
+    while (inner := _inner(model)) is not None:
+        model = inner
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         handle = module._handle if isinstance(module, FullyShardedDataParallel) else None
@@ -255,6 +261,14 @@ def find_shards(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, Shard]]
         for name, parameter in module.named_parameters(recurse=False):
             if not is_flat(parameter):
                 yield (module, name), parameter, shard_of(plain_name(prefix + name), parameter)
+
+
+def _inner(model: nn.Module) -> nn.Module | None:
+    """What DDP or torch.compile has wrapped."""
+    if isinstance(model, DistributedDataParallel):
+        return model.module
+    compiled: nn.Module | None = getattr(model, "_orig_mod", None)
+    return compiled
 
 
 def is_flat(parameter: nn.Parameter) -> bool:

@@ -103,7 +103,7 @@ class Forms:
         Raises:
             StateError: It is neither.
         """
-        if isinstance(layout.shard, Span) or self._is_adamws(own, given):
+        if isinstance(layout.shard, Span) or self._is_adamws(layout, own, given):
             local = {name: layout.shard.local(value).reshape(-1) for name, value in given.items()}
             for name in moment_names(own):
                 self._convert(layout, own, name, local[name])
@@ -125,19 +125,18 @@ class Forms:
             flat(wanted).copy_(flat(value.contiguous()))
         return None
 
-    def _is_adamws(self, own: State, given: Mapping[str, Any]) -> bool:
-        """Whether all moments are fp32 and have an element for each of the tensor's."""
+    def _is_adamws(self, layout: Layout, own: State, given: Mapping[str, Any]) -> bool:
+        """Whether all moments have an element for each of the tensor's, and ours are other ones."""
         names = moment_names(own)
-        found = [given.get(name) for name in names]
-        shape = own["exp_avg"].shape
-        by_element = all(
-            isinstance(value, Tensor) and value.dtype == torch.float32 and value.shape == shape
-            for value in found
-        )
-        is_own = all(
-            own[name].shape == shape and own[name].dtype == torch.float32 for name in names
-        )
-        return by_element and set(moment_names(given)) == set(names) and not is_own
+        if set(moment_names(given)) != set(names) or any(n.endswith("_scale") for n in given):
+            return False
+        shape, dtype = own["exp_avg"].shape, given["exp_avg"].dtype
+        formats = {(given[name].shape, given[name].dtype) for name in names}
+        if formats != {(shape, dtype)} or not dtype.is_floating_point:
+            return False
+        if any(self._is_lines(layout, name) for name in names):
+            return dtype == torch.float32 or own.keys() != given.keys()
+        return own.keys() != given.keys()
 
     def _convert(self, layout: Layout, own: State, name: str, value: Tensor) -> None:
         if self._is_lines(layout, name):
@@ -149,7 +148,7 @@ class Forms:
             codes = flat(own[name])
             for piece, some, scales in _coded(layout, codes, scale):
                 part = value[piece.start : piece.start + piece.rows * piece.cols]
-                new = encode_moment(part, piece.rows, piece.cols, self._maps[name])
+                new = encode_moment(part.float(), piece.rows, piece.cols, self._maps[name])
                 some.copy_(new[0])
                 scales.copy_(new[1])
 

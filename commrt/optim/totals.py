@@ -87,6 +87,8 @@ class Totals:
     @property
     def square_norm(self) -> Tensor:
         """Of all gradients, fp64."""
+        if not self._pools:
+            return torch.zeros((), dtype=torch.float64)
         first = self._pools[0].buffer
         return torch.stack([pool.buffer[_NORM].to(first.device) for pool in self._pools]).sum()
 
@@ -157,7 +159,7 @@ class _Pool:
                 self._slots[layout].add(jobs, grad)
         jobs.run(self.buffer)
         has_blocks = self._shared.numel() > _FIRST_SLOT
-        self.was_reduced = bool(self.groups) and (wants_norm or has_blocks)
+        self.was_reduced = bool(self.groups) and (wants_norm or has_blocks or found_inf is not None)
         if not self.was_reduced:
             return
         if found_inf is not None:
@@ -237,42 +239,50 @@ class _Jobs:
         self._grads: list[Tensor] = []
         self._shapes: list[tuple[int, int]] = []
         self._by_column: list[bool] = []
+        self._sums: list[Tensor] = []
         self._slots: list[Tensor] = []
+        self._of_slots: list[Tensor] = []
+        self._of_norm: list[Tensor] = []
 
     def add(
         self, grad: Tensor, shape: tuple[int, int], slots: Tensor, *, by_column: bool = False
     ) -> None:
+        """Add the sum of each row, or column, to a slot."""
+        self._slots.append(slots)
+        self._of_slots.append(self._sum(grad, shape, by_column))
+
+    def add_norm(self, grad: Tensor) -> None:
+        """Add all to the norm, in rows, so that there is work for many threads."""
+        rows = grad.numel() // _NORM_COLS
+        after = grad[rows * _NORM_COLS :]
+        if rows:
+            whole = self._sum(grad[: rows * _NORM_COLS], (rows, _NORM_COLS))
+            self._of_norm.append(whole)
+        if after.numel():
+            self._of_norm.append(self._sum(after, (1, after.numel())))
+
+    def _sum(self, grad: Tensor, shape: tuple[int, int], by_column: bool = False) -> Tensor:
+        sums = torch.empty(shape[by_column], dtype=torch.float64, device=self._device)
         self._grads.append(grad)
         self._shapes.append(shape)
         self._by_column.append(by_column)
-        self._slots.append(slots)
-
-    def add_norm(self, grad: Tensor) -> None:
-        """In rows, so that there is work for many threads."""
-        rows = grad.numel() // _NORM_COLS
-        for part, shape in (
-            (grad[: rows * _NORM_COLS], (rows, _NORM_COLS)),
-            (grad[rows * _NORM_COLS :], (1, grad.numel() - rows * _NORM_COLS)),
-        ):
-            if part.numel():
-                slots = torch.full((shape[0],), _NORM, device=self._device)
-                self.add(part, shape, slots)
+        self._sums.append(sums)
+        return sums
 
     def run(self, buffer: Tensor) -> None:
-        if not self._grads:
-            return
-        numbers = [slots.numel() for slots in self._slots]
-        sums = torch.empty(sum(numbers), dtype=torch.float64, device=self._device)
-        parts = sums.split(numbers)
         if self._of_squares:
-            ops.square_sums(self._grads, parts, self._shapes, by_column=self._by_column)
+            ops.square_sums(self._grads, self._sums, self._shapes, by_column=self._by_column)
         else:
-            for grad, part, shape, by_column in zip(
-                self._grads, parts, self._shapes, self._by_column, strict=True
+            for grad, sums, shape, by_column in zip(
+                self._grads, self._sums, self._shapes, self._by_column, strict=True
             ):
-                part.copy_(grad.double().view(shape).sum(dim=0 if by_column else 1))
-        # Unlike index_add_, in the same order on every replica.
-        buffer.index_put_((torch.cat(self._slots),), sums, accumulate=True)
+                sums.copy_(grad.double().view(shape).sum(dim=0 if by_column else 1))
+        if self._of_norm:
+            buffer[_NORM] = torch.cat(self._of_norm).sum()
+        if self._slots:
+            # Unlike index_add_, in the same order on every replica.
+            slots, sums = torch.cat(self._slots), torch.cat(self._of_slots)
+            buffer.index_put_((slots,), sums, accumulate=True)
 
 
 def sum_over(values: Tensor, groups: Groups) -> None:

@@ -271,8 +271,13 @@ def other_options() -> None:
 
 def infinite_on_one() -> None:
     """All ranks leave out a step in which one has found a gradient that is not finite."""
+    for kind in (AdamMini, optim.Lion):
+        leave_out(kind)
+
+
+def leave_out(kind: Any) -> None:
     model = wrap("fsdp2")
-    optimizer = AdamMini(model, lr=1e-2)
+    optimizer = kind(model, lr=1e-2)
     before = [parameter.to_local().clone() for parameter in model.parameters()]
     optimizer.found_inf = torch.tensor(float(dist.get_rank() == 1))
     losses_of(model, optimizer, 1)
@@ -281,6 +286,17 @@ def infinite_on_one() -> None:
     optimizer.found_inf = torch.tensor(0.0)
     losses_of(model, optimizer, 1)
     assert not torch.equal(before[0], next(iter(model.parameters())).to_local())
+
+
+def made_too_early() -> None:
+    model = make_model()
+    optimizer = AdamMini(model)
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh)
+    for group in optimizer.param_groups:  # as Accelerate does
+        group["params"] = list(model.parameters())
+    with pytest.raises(ConfigError, match="must be made after the model is wrapped"):
+        losses_of(model, optimizer, 1)
 
 
 def nothing_on_one() -> None:
@@ -300,13 +316,29 @@ def parameters_without_their_model() -> None:
     model = wrap("fsdp1")
     with pytest.raises(ConfigError, match="give the model that FSDP has wrapped"):
         AdamMini(model.parameters())
+    by_function = {
+        kind: AdamMini(wrap(kind), partition=lambda _, p: "element" if p.dim() == 2 else None)
+        for kind in ("fsdp1-flat", "fsdp2")
+    }
+    first, second = (
+        sorted(line.split()[:4] for line in optimizer.describe().splitlines()[1:])
+        for optimizer in by_function.values()
+    )
+    assert first == second
     groups = [{"params": [p], "lr": 1e-3} for p in model.parameters()]
     losses = losses_of(model, AdamMini(groups, model=model, lr=1.0))
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize(
-    "check", [other_options, infinite_on_one, nothing_on_one, parameters_without_their_model]
+    "check",
+    [
+        other_options,
+        infinite_on_one,
+        made_too_early,
+        nothing_on_one,
+        parameters_without_their_model,
+    ],
 )
 def test_ranks_that_differ(check):
     run_ranks(check, world_size=2, timeout_s=60)

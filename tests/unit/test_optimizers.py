@@ -145,6 +145,58 @@ def test_adamws_second_moments_are_averaged():
     torch.testing.assert_close(found[1], second.mean()[None, None].expand(1, 4))
 
 
+def test_adamws_state_of_vectors_and_of_bf16():
+    vector = nn.Linear(16, 1)
+    adamw = torch.optim.AdamW(vector.parameters())
+    vector(torch.randn(3, 16)).square().mean().backward()
+    adamw.step()
+    optimizer = AdamMini(vector, vectors="tensor")
+    optimizer.load_state_dict(adamw.state_dict())
+    mean = adamw.state[vector.weight]["exp_avg_sq"].mean()
+    torch.testing.assert_close(
+        optimizer.state[vector.weight]["exp_avg_sq"], mean.expand_as(vector.weight)[:, :1]
+    )
+    model = gpt(torch.bfloat16)
+    adamw = torch.optim.AdamW(model.parameters())
+    train(model, adamw, 2)
+    optimizer = AdamW8bit(model)
+    optimizer.load_state_dict(adamw.state_dict())
+    assert optimizer.state[model.blocks[0].up.weight]["master"].dtype == torch.float32
+
+
+def test_a_load_that_fails_changes_nothing():
+    model = gpt()
+    optimizer = AdamMini(model, momentum_dtype="int8")
+    train(model, optimizer, 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    other = gpt()
+    bf16 = AdamMini(other, momentum_dtype="bf16")
+    train(other, bf16, 1)
+    with pytest.raises(StateError, match="exp_avg"):
+        optimizer.load_state_dict(bf16.state_dict())
+    for id_, state in optimizer.state_dict()["state"].items():
+        assert all(torch.equal(value, before["state"][id_][name]) for name, value in state.items())
+
+
+def test_sparse_gradients_are_refused():
+    model = nn.Embedding(4, 4, sparse=True)
+    model(torch.tensor([1])).sum().backward()
+    with pytest.raises(ConfigError, match=r"gradient of 'weight' .* must be dense"):
+        Lion(model).step()
+
+
+def test_groups_that_are_refused_leave_nothing_behind():
+    model = nn.Linear(4, 4)
+    optimizer = Lion([model.weight])
+    with pytest.raises(ConfigError, match="complex64"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(2).to(torch.complex64))]})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ConfigError, match=r"betas=\(0.9, 0.99\): must be 3"):
+        Adan(model, betas=(0.9, 0.99))
+    empty = AdamMini([{"params": []}], max_grad_norm=1.0)
+    empty.step()
+
+
 def test_mofo_moves_a_fraction_and_keeps_the_rest():
     model = gpt()
     optimizer = MoFO(model, lr=1e-3, fraction=0.05)
