@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from commrt.errors import ConfigError
 from commrt.ops import Second, StepOptions, StepTensor
 from commrt.optim.adamw import MOMENTS, adam_options
-from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
+from commrt.optim.base import Common, Params, StepOptimizer, moment_dtype
 from commrt.optim.compat import OfficialPartition
 from commrt.optim.partition import Blocks, Place, by_shape, find_blocks, parse, whole
 from commrt.optim.parts import Part, State, flat
@@ -37,19 +37,11 @@ class AdamMini(StepOptimizer):
     once for each of its rows.
 
     Args:
-        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
-            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
+        params: A model, or parameters, (name, parameter) pairs or groups of them.
         lr: Learning rate, a number or a scalar tensor.
         betas: Decay of the first and the second moment.
         eps: Added to the root, after bias correction.
         weight_decay: Decoupled.
-        model: That the parameters are of, if ``params`` is not it. Only from a model can heads,
-            experts and transposed weights be recognised; else matrices have a block a row.
-        momentum_dtype: Of ``exp_avg``: "fp32" (4 bytes a parameter), "bf16" (2), "int8" (1.02:
-            blocks of 256 elements of a row, with an fp32 scale each).
-        weight_mode: Of bf16 and fp16 weights. "auto", "master": an fp32 copy (4 bytes). For bf16
-            also "residual": the eight bits that follow (1 byte), or "stochastic": rounded
-            stochastically, without memory.
         partition: Blocks of some parameters: a mapping of regular expressions, which a whole name
             has to match, to texts ("row", "row:64", "column", "column:64", "element", "tensor"), or
             a function of a name and a tensor of the whole shape, on the meta device, that returns
@@ -58,10 +50,7 @@ class AdamMini(StepOptimizer):
         compat: "v1.1.1": blocks, and no weight decay of norms and biases, by the words in names for
             which the package of the authors, adam-mini 1.1.1, looks; ``partition`` comes first. It
             reads the heads from the model, or from "v1.1.1:dim=2048,num_heads=32".
-        maximize: Go up.
-        max_grad_norm: Clip gradients to this global norm in the step, without changing them;
-            ``grad_norm`` is then the norm before clipping.
-        seed: Of stochastic rounding; the same on all ranks of data-parallel training.
+        common: See :class:`commrt.optim.base.Common`.
 
     Raises:
         ConfigError: A value is out of range; names it and what is allowed.
@@ -70,8 +59,9 @@ class AdamMini(StepOptimizer):
     also carries the norm of the gradient: 8 bytes a block. Heads or rows that no rank shares with
     another cost nothing.
 
-    Cost: 4 bytes of state a parameter, 8 with AdamW; 20 bytes a step and parameter from and to
-    memory, 28 with AdamW.
+    Cost: 4 bytes of state a parameter, 8 with AdamW; 2 with ``momentum_dtype="bf16"``, 1.02 with
+    "int8" (embeddings' moments are then rounded stochastically). 20 bytes a step and parameter from
+    and to memory, 28 with AdamW.
 
     Source: Zhang et al., "Adam-mini: Use Fewer Learning Rates To Gain More", ICLR 2025 (arXiv
     2406.16793), algorithm 1; differs from it in biases and norms, unless ``vectors="tensor"``.
@@ -89,32 +79,22 @@ class AdamMini(StepOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
         *,
-        model: nn.Module | None = None,
-        momentum_dtype: MomentumDtype = "fp32",
-        weight_mode: WeightMode = "auto",
         partition: Partition | None = None,
         vectors: Literal["element", "tensor"] = "element",
         compat: str | None = None,
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        seed: int = 0,
+        **common: Unpack[Common],
     ) -> None:
         if vectors not in ("element", "tensor"):
             raise ConfigError(f"vectors={vectors!r}: must be element or tensor")
         self._partition = partition
         self._vectors = vectors
-        whole_model = params if isinstance(params, nn.Module) else model
+        whole_model = params if isinstance(params, nn.Module) else common.get("model")
         self._compat = None if compat is None else OfficialPartition.parse(compat, whole_model)
         self._of_modules: dict[Shard, Blocks] = {}
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            model=model,
-            momentum_dtype=momentum_dtype,
-            weight_mode=weight_mode,
-            maximize=maximize,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
+            **common,
         )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

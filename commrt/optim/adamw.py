@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from commrt.ops import StepOptions, StepTensor
-from commrt.optim.base import MomentumDtype, Params, StepOptimizer, WeightMode, moment_dtype
+from commrt.optim.base import Common, Params, StepOptimizer, moment_dtype
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
 from commrt.optim.shards import Piece
@@ -27,18 +27,13 @@ class AdamW8bit(StepOptimizer):
     256 elements of a row; small parameters and vectors keep fp32.
 
     Args:
-        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
-            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
+        params: A model, or parameters, (name, parameter) pairs or groups of them.
         lr: Learning rate, a number or a scalar tensor.
         betas: Decay of the first and the second moment.
         eps: Added to the root, after bias correction.
         weight_decay: Decoupled.
-        model: That the parameters are of, if they are FSDP's and ``params`` is not it.
-        momentum_dtype: "int8"; or "bf16" with an fp32 second moment; or "fp32", which is AdamW.
-        weight_mode: As of :class:`commrt.optim.AdamMini`.
-        maximize: Go up.
-        max_grad_norm: Clip gradients to this global norm in the step, without changing them.
-        seed: Of stochastic rounding; the same on all ranks of data-parallel training.
+        common: See :class:`commrt.optim.base.Common`; ``momentum_dtype`` is "int8" if not said
+            otherwise. With "bf16" the second moment is fp32.
 
     Raises:
         ConfigError: A value is out of range; names it and what is allowed.
@@ -58,23 +53,13 @@ class AdamW8bit(StepOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
-        *,
-        model: nn.Module | None = None,
-        momentum_dtype: MomentumDtype = "int8",
-        weight_mode: WeightMode = "auto",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        seed: int = 0,
+        **common: Unpack[Common],
     ) -> None:
+        common.setdefault("momentum_dtype", "int8")
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            model=model,
-            momentum_dtype=momentum_dtype,
-            weight_mode=weight_mode,
-            maximize=maximize,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
+            **common,
         )
 
     def _moments(self, layout: Layout) -> dict[str, torch.dtype]:

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,31 @@ _LEAST_CODED_COLS = 64
 _MOST_BATCHES = 16
 
 
+class Common(TypedDict, total=False):
+    """What every optimizer takes by name.
+
+    Attributes:
+        model: That the parameters are of, if ``params`` is not it. FSDP1's need it; and only from a
+            model does AdamMini know heads, experts and transposed weights.
+        momentum_dtype: Of the moments that have a sign; "fp32" if not said otherwise, "bf16", or
+            "int8": blocks of 256 elements of a row, with an fp32 scale each.
+        weight_mode: Of bf16 and fp16 weights. "auto", "master": an fp32 copy (4 bytes). For bf16
+            also "residual": the eight bits that follow (1 byte), or "stochastic": rounded
+            stochastically, without memory.
+        maximize: Go up.
+        max_grad_norm: Clip gradients to this global norm in the step, without changing them;
+            ``grad_norm`` is then the norm before clipping. None for no clipping.
+        seed: Of stochastic rounding, in [0, 2**31); the same on all ranks that train one model.
+    """
+
+    model: nn.Module | None
+    momentum_dtype: MomentumDtype
+    weight_mode: WeightMode
+    maximize: bool
+    max_grad_norm: float | None
+    seed: int
+
+
 @dataclasses.dataclass(frozen=True)
 class _Batch:
     """The tensors of an op, whose parts they are of, and whether they take random numbers."""
@@ -56,14 +81,13 @@ class StepOptimizer(Optimizer):
 
     Args:
         params: A model, or what every optimizer of torch takes: parameters, (name, parameter)
-            pairs, or groups of either.
+            pairs, or groups of either. Parameters can be DTensors (``fully_shard``, tensor
+            parallelism), or FSDP1's.
         defaults: Of the groups' options.
-        model: That has the parameters, if ``params`` is not it: what they are in it counts.
-        momentum_dtype: Of moments that have a sign.
-        weight_mode: How half-precision weights keep what they cannot show; see the subclasses.
-        maximize: Go up.
-        max_grad_norm: Clip gradients to this global norm in the step; None for no clipping.
-        seed: Of all stochastic rounding.
+        common: See :class:`Common`.
+
+    Raises:
+        ConfigError: A value is out of range; names it and what is allowed.
     """
 
     _step_supports_amp_scaling = True
@@ -80,14 +104,16 @@ class StepOptimizer(Optimizer):
         self,
         params: Params,
         defaults: dict[str, Any],
-        *,
-        model: nn.Module | None,
-        momentum_dtype: MomentumDtype,
-        weight_mode: WeightMode,
-        maximize: bool,
-        max_grad_norm: float | None,
-        seed: int,
+        **common: Unpack[Common],
     ) -> None:
+        model = common.get("model")
+        momentum_dtype = common.get("momentum_dtype", "fp32")
+        weight_mode = common.get("weight_mode", "auto")
+        max_grad_norm = common.get("max_grad_norm")
+        seed = common.get("seed", 0)
+        unknown = common.keys() - Common.__annotations__.keys()
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no argument {min(unknown)!r}")
         _require("momentum_dtype", momentum_dtype, MOMENTUM_DTYPES)
         _require("weight_mode", weight_mode, _WEIGHT_MODES)
         if not 0 <= seed < 1 << 31:
@@ -96,7 +122,7 @@ class StepOptimizer(Optimizer):
             raise ConfigError(f"max_grad_norm={max_grad_norm}: must be above 0 and finite, or None")
         self.momentum_dtype: MomentumDtype = momentum_dtype
         self.weight_mode: WeightMode = weight_mode
-        self.maximize = maximize
+        self.maximize = common.get("maximize", False)
         self.max_grad_norm = max_grad_norm
         self.seed = seed
         self.grad_norm: Tensor | None = None

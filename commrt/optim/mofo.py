@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from commrt.errors import ConfigError
 from commrt.ops import StepOptions, StepTensor
 from commrt.optim.adamw import MOMENTS, adam_options
-from commrt.optim.base import MOMENTUM_DTYPES, Params, StepOptimizer, WeightMode
+from commrt.optim.base import MOMENTUM_DTYPES, Common, Params, StepOptimizer
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
 from commrt.optim.shards import Piece
@@ -32,19 +32,13 @@ class MoFO(StepOptimizer):
     equal momenta are all in or all out.
 
     Args:
-        params: A model, or parameters, (name, parameter) pairs or groups of them. They can be
-            DTensors (``fully_shard``, tensor parallelism), or FSDP's.
+        params: A model, or parameters, (name, parameter) pairs or groups of them.
         lr: Learning rate, a number or a scalar tensor.
         betas: Decay of the first and the second moment.
         eps: Added to the root, after bias correction.
         weight_decay: Decoupled; of the weights that move.
         fraction: Of the elements of each tensor, in (0, 1]; rounded up.
-        model: That the parameters are of, if they are FSDP's and ``params`` is not it.
-        momentum_dtype: Of the first moment, "fp32" or "bf16".
-        weight_mode: As of :class:`commrt.optim.AdamMini`.
-        maximize: Go up.
-        max_grad_norm: Clip gradients to this global norm in the step, without changing them.
-        seed: Of stochastic rounding; the same on all ranks of data-parallel training.
+        common: See :class:`commrt.optim.base.Common`.
 
     Ranks: all that share parameters must call ``step``; three all-reduces of at most 16 KiB a
     tensor, for those that several ranks have.
@@ -68,15 +62,11 @@ class MoFO(StepOptimizer):
         weight_decay: float = 0.0,
         *,
         fraction: float = 0.1,
-        model: nn.Module | None = None,
-        momentum_dtype: Literal["fp32", "bf16"] = "fp32",
-        weight_mode: WeightMode = "auto",
-        maximize: bool = False,
-        max_grad_norm: float | None = None,
-        seed: int = 0,
+        **common: Unpack[Common],
     ) -> None:
         if not 0 < fraction <= 1:
             raise ConfigError(f"fraction={fraction}: must be in (0, 1]")
+        momentum_dtype = common.get("momentum_dtype", "fp32")
         if momentum_dtype not in ("fp32", "bf16"):
             raise ConfigError(f"momentum_dtype={momentum_dtype!r}: must be fp32 or bf16")
         self.fraction = fraction
@@ -84,12 +74,7 @@ class MoFO(StepOptimizer):
         super().__init__(
             params,
             {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay},
-            model=model,
-            momentum_dtype=momentum_dtype,
-            weight_mode=weight_mode,
-            maximize=maximize,
-            max_grad_norm=max_grad_norm,
-            seed=seed,
+            **common,
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -265,10 +265,9 @@ def find_shards(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, Shard]]
 
 def _inner(model: nn.Module) -> nn.Module | None:
     """What DDP or torch.compile has wrapped."""
-    if isinstance(model, DistributedDataParallel):
-        return model.module
-    compiled: nn.Module | None = getattr(model, "_orig_mod", None)
-    return compiled
+    name = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
+    inner: nn.Module | None = getattr(model, name, None)
+    return inner
 
 
 def is_flat(parameter: nn.Parameter) -> bool:
