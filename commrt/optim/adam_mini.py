@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from commrt.errors import ConfigError
-from commrt.ops import Second, StepOptions, StepTensor
+from commrt.ops import Second, StepOptions
 from commrt.optim.adamw import MOMENTS, adam_options
 from commrt.optim.base import Common, Params, StepOptimizer, moment_dtype
+from commrt.optim.batches import Rows
 from commrt.optim.compat import OfficialPartition
 from commrt.optim.partition import Blocks, Place, by_shape, find_blocks, parse, whole
 from commrt.optim.parts import Part, State, flat
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Piece, Shard
+from commrt.optim.shards import Shard
 from commrt.optim.states import Forms, of_weights
 
 Partition = Callable[[str, Tensor], str | None] | Mapping[str, str]
@@ -178,7 +179,7 @@ class AdamMini(StepOptimizer):
                 second = part.state("exp_avg_sq")
                 totals.update_second(part.layout, second, group["betas"][1], grad_factor)
 
-    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+    def _tensors(self, part: Part) -> Rows:
         if part.layout.blocks.axis == "element":
             for piece in part.layout.pieces:
                 yield "adamw_", piece, part.tensor(piece, MOMENTS)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from commrt.ops import StepOptions, StepTensor
+from commrt.ops import StepOptions
 from commrt.optim.base import Common, Params, StepOptimizer, moment_dtype
+from commrt.optim.batches import Rows
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +65,7 @@ class AdamW8bit(StepOptimizer):
         first = moment_dtype(self.momentum_dtype, layout)
         return {"exp_avg": first, "exp_avg_sq": first if first == torch.int8 else torch.float32}
 
-    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+    def _tensors(self, part: Part) -> Rows:
         for piece in part.layout.pieces:
             yield "adamw_", piece, part.tensor(piece, MOMENTS)
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from commrt.ops import StepOptions, StepTensor
+from commrt.ops import StepOptions
 from commrt.optim.base import Common, Params, StepOptimizer, moment_dtype
+from commrt.optim.batches import Rows
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 
 _MOMENTS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
@@ -77,7 +76,7 @@ class Adan(StepOptimizer):
         square = chosen if chosen == torch.int8 else torch.float32
         return {name: square if name == "exp_avg_sq" else chosen for name in _MOMENTS}
 
-    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+    def _tensors(self, part: Part) -> Rows:
         for piece in part.layout.pieces:
             yield "adan_", piece, part.tensor(piece, _MOMENTS)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,14 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from commrt import ops
 from commrt.collectives.wrappers import plain_name
 from commrt.errors import ConfigError
-from commrt.ops import StepOptions, StepTensor
+from commrt.ops import StepOptions
+from commrt.optim.batches import Batches, Rows
 from commrt.optim.partition import Blocks, Place, by_shape
 from commrt.optim.parts import Part, State, flat, zeros
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Piece, Shard, Span, find_shards, is_flat, shard_of
+from commrt.optim.shards import Shard, Span, find_shards, is_flat, shard_of
 from commrt.optim.states import Forms, of_weights
 from commrt.optim.totals import Totals
 
@@ -33,8 +32,6 @@ _WEIGHT_MODES = ("auto", "master", "residual", "stochastic")
 # Smaller parameters keep fp32 moments: 8 bits would save nothing worth the rounding.
 _LEAST_CODED_NUMEL = 4096
 _LEAST_CODED_COLS = 64
-# Which parameters have gradients may change from step to step.
-_MOST_BATCHES = 16
 
 
 class Common(TypedDict, total=False):
@@ -60,15 +57,6 @@ class Common(TypedDict, total=False):
     maximize: bool
     max_grad_norm: float | None
     seed: int
-
-
-@dataclasses.dataclass(frozen=True)
-class _Batch:
-    """The tensors of an op, whose parts they are of, and whether they take random numbers."""
-
-    tensors: ops.StepBatch
-    rows: list[tuple[Part, Piece]]
-    is_drawn: bool
 
 
 class StepOptimizer(Optimizer):
@@ -127,8 +115,7 @@ class StepOptimizer(Optimizer):
         self.seed = seed
         self.grad_norm: Tensor | None = None
         self._totals: Totals | None = None
-        self._parts: dict[Layout, Part] = {}
-        self._batches: dict[tuple[int, ...], dict[str, _Batch]] = {}
+        self._batches = self._new_batches()
         self._layouts: dict[nn.Parameter, tuple[Layout, ...]] = {}
         self._numbers: dict[Layout, int] = {}
         self._found: dict[nn.Parameter, list[Shard]] = {}
@@ -186,7 +173,14 @@ class StepOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in self._KEPT}
-        return {**super().__getstate__(), **kept, "_totals": None, "_parts": {}, "_batches": {}}
+        return {**super().__getstate__(), **kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._totals, self._batches = None, self._new_batches()
+
+    def _new_batches(self) -> Batches:
+        return Batches(self._tensors, self._seed, is_drawn=self.weight_mode == "stochastic")
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -245,7 +239,7 @@ class StepOptimizer(Optimizer):
             for part in parts:
                 by_step.setdefault(part.step, []).append(part)
             for step, alike in by_step.items():
-                self._update(group, step, alike, factor)
+                self._batches.run(alike, step, self._options(group, step), factor)
         steps = [self.state[p]["step"] for p in self._parameters() if p.grad is not None]
         if steps:
             torch._foreach_add_(steps, 1)
@@ -267,12 +261,8 @@ class StepOptimizer(Optimizer):
             for layout, own in zip(
                 self._layouts[parameter], self._states_of(parameter, state), strict=True
             ):
-                part = self._parts.get(layout)
-                if part is None or not part.is_of(parameter, own):
-                    stochastic = self._is_stochastic(layout)
-                    part = Part(layout, parameter, own, stochastic=stochastic)
-                    self._parts[layout] = part
-                    self._batches.clear()
+                stochastic = self._is_stochastic(layout)
+                part = self._batches.part(layout, parameter, own, stochastic=stochastic)
                 part.take(parameter.grad, step)
                 yield part
 
@@ -285,42 +275,7 @@ class StepOptimizer(Optimizer):
     ) -> None:
         """What else is to be done before a step; all ranks call, with or without parts."""
 
-    def _update(
-        self, group: dict[str, Any], step: int, parts: Sequence[Part], grad_factor: Tensor | None
-    ) -> None:
-        """Take step number ``step`` (from 1) with parts of a group."""
-        key = tuple(map(id, parts))
-        if key not in self._batches:
-            if len(self._batches) >= _MOST_BATCHES:
-                self._batches.clear()
-            self._batches[key] = self._make_batches(parts)
-        options = self._options(group, step)
-        for name, batch in self._batches[key].items():
-            seeds = None
-            if batch.is_drawn:
-                seeds = [self._seed(part.layout, step) for part, _ in batch.rows]
-            batch.tensors.renew([part.grad_of(piece) for part, piece in batch.rows], seeds)
-            getattr(ops, name)(batch.tensors, options, grad_factor=grad_factor)
-        for part in parts:
-            part.write_back()
-
-    def _make_batches(self, parts: Sequence[Part]) -> dict[str, _Batch]:
-        """The ops of a step, with their tensors."""
-        found: dict[str, list[tuple[Part, Piece, StepTensor]]] = {}
-        for part in parts:
-            for name, piece, tensor in self._tensors(part):
-                found.setdefault(name, []).append((part, piece, tensor))
-        return {
-            name: _Batch(
-                tensors=ops.StepBatch(name, [tensor for _, _, tensor in rows]),
-                rows=[(part, piece) for part, piece, _ in rows],
-                is_drawn=self.weight_mode == "stochastic"
-                or any(part.stochastic for part, _, _ in rows),
-            )
-            for name, rows in found.items()
-        }
-
-    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+    def _tensors(self, part: Part) -> Rows:
         """The rows of a part, with the name of the op that updates them."""
         raise NotImplementedError
 

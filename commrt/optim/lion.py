@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor
 
-from commrt.ops import StepOptions, StepTensor
+from commrt.ops import StepOptions
 from commrt.optim.base import Common, Params, StepOptimizer, moment_dtype
+from commrt.optim.batches import Rows
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 
 
@@ -58,7 +57,7 @@ class Lion(StepOptimizer):
     def _moments(self, layout: Layout) -> dict[str, torch.dtype]:
         return {"exp_avg": moment_dtype(self.momentum_dtype, layout)}
 
-    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+    def _tensors(self, part: Part) -> Rows:
         for piece in part.layout.pieces:
             yield "lion_", piece, part.tensor(piece, ("exp_avg",))
 

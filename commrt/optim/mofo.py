@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from commrt.errors import ConfigError
-from commrt.ops import StepOptions, StepTensor
+from commrt.ops import StepOptions
 from commrt.optim.adamw import MOMENTS, adam_options
 from commrt.optim.base import MOMENTUM_DTYPES, Common, Params, StepOptimizer
+from commrt.optim.batches import Rows
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
-from commrt.optim.shards import Piece
 from commrt.optim.states import Forms
 from commrt.optim.totals import sum_over
 
@@ -110,7 +110,7 @@ class MoFO(StepOptimizer):
         for (_, device), layouts in shared.items():
             yield layouts, device
 
-    def _tensors(self, part: Part) -> Iterator[tuple[str, Piece, StepTensor]]:
+    def _tensors(self, part: Part) -> Rows:
         for piece in part.layout.pieces:
             yield "mofo_", piece, part.tensor(piece, MOMENTS, second=self._thresholds[part.layout])
 

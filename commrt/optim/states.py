@@ -128,15 +128,16 @@ class Forms:
     def _is_adamws(self, layout: Layout, own: State, given: Mapping[str, Any]) -> bool:
         """Whether all moments have an element for each of the tensor's, and ours are other ones."""
         names = moment_names(own)
-        if set(moment_names(given)) != set(names) or any(n.endswith("_scale") for n in given):
+        if set(moment_names(given)) != set(names):
             return False
         shape, dtype = own["exp_avg"].shape, given["exp_avg"].dtype
         formats = {(given[name].shape, given[name].dtype) for name in names}
         if formats != {(shape, dtype)} or not dtype.is_floating_point:
             return False
-        if any(self._is_lines(layout, name) for name in names):
-            return dtype == torch.float32 or own.keys() != given.keys()
-        return own.keys() != given.keys()
+        # Scales may be given all the same: torch fills in what a state has now.
+        is_other = own["exp_avg"].dtype == torch.int8 or own.keys() != given.keys()
+        has_lines = any(self._is_lines(layout, name) for name in names)
+        return is_other or (has_lines and dtype == torch.float32)
 
     def _convert(self, layout: Layout, own: State, name: str, value: Tensor) -> None:
         if self._is_lines(layout, name):
