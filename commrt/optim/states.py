@@ -103,7 +103,8 @@ class Forms:
         Raises:
             StateError: It is neither.
         """
-        if isinstance(layout.shard, Span) or self._is_adamws(layout, own, given):
+        is_flat = isinstance(layout.shard, Span) and given.keys() >= set(moment_names(own))
+        if is_flat or self._is_adamws(layout, own, given):
             local = {name: layout.shard.local(value).reshape(-1) for name, value in given.items()}
             for name in moment_names(own):
                 self._convert(layout, own, name, local[name])
