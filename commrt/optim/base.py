@@ -180,7 +180,8 @@ class StepOptimizer(Optimizer):
         self._totals, self._batches = None, self._new_batches()
 
     def _new_batches(self) -> Batches:
-        return Batches(self._tensors, self._seed, is_drawn=self.weight_mode == "stochastic")
+        is_drawn = self.weight_mode == "stochastic"
+        return Batches(self._tensors, self._seed, self._is_stochastic, is_drawn=is_drawn)
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -261,8 +262,7 @@ class StepOptimizer(Optimizer):
             for layout, own in zip(
                 self._layouts[parameter], self._states_of(parameter, state), strict=True
             ):
-                stochastic = self._is_stochastic(layout)
-                part = self._batches.part(layout, parameter, own, stochastic=stochastic)
+                part = self._batches.part(layout, parameter, own)
                 part.take(parameter.grad, step)
                 yield part
 

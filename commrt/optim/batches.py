@@ -34,6 +34,7 @@ class Batches:
     Args:
         rows_of: The rows of a part, with the name of the op that updates them.
         seed_of: Of a tensor's random numbers in a step.
+        is_stochastic: Whether the first moment of a tensor is rounded stochastically.
         is_drawn: Whether all weights are rounded stochastically.
     """
 
@@ -41,20 +42,20 @@ class Batches:
         self,
         rows_of: Callable[[Part], Rows],
         seed_of: Callable[[Layout, int], int],
+        is_stochastic: Callable[[Layout], bool],
         *,
         is_drawn: bool,
     ) -> None:
         self._rows_of, self._seed_of, self._is_drawn = rows_of, seed_of, is_drawn
+        self._is_stochastic = is_stochastic
         self._parts: dict[Layout, Part] = {}
         self._calls: dict[tuple[int, ...], list[_Call]] = {}
 
-    def part(
-        self, layout: Layout, parameter: nn.Parameter, state: State, *, stochastic: bool
-    ) -> Part:
+    def part(self, layout: Layout, parameter: nn.Parameter, state: State) -> Part:
         """The part of a tensor, the same one as before if nothing has moved."""
         part = self._parts.get(layout)
         if part is None or not part.is_of(parameter, state):
-            part = Part(layout, parameter, state, stochastic=stochastic)
+            part = Part(layout, parameter, state, stochastic=self._is_stochastic(layout))
             self._parts[layout] = part
             self._calls.clear()
         return part

@@ -73,8 +73,8 @@ class Part:
 
     def grad_of(self, piece: Piece) -> Tensor:
         """Of some rows, flat."""
-        numel = piece.rows * piece.cols
-        return self.grad if numel == self.grad.numel() else self.grad[piece.start :][:numel]
+        is_all = piece.rows * piece.cols == self.grad.numel()
+        return self.grad if is_all else piece.elements_of(self.grad)
 
     def state(self, name: str) -> Tensor:
         """Flat."""
@@ -88,14 +88,10 @@ class Part:
             moments: Names of their states.
             **rule: What else the rule needs.
         """
-
-        def part(value: Tensor) -> Tensor:
-            return value[piece.start : piece.start + piece.rows * piece.cols]
-
+        part = piece.elements_of
         scales = [
             self._state[f"{name}_scale"] for name in moments if f"{name}_scale" in self._state
         ]
-        segments = slice(piece.segment, piece.segment + piece.rows * piece.segments_per_row)
         cols = self.layout.blocks.cols
         is_line = self.layout.blocks.axis == "element" and cols == 1
         return StepTensor(
@@ -104,7 +100,7 @@ class Part:
             moments=tuple(part(self._state[name]) for name in moments),
             rows=1 if is_line else piece.rows,
             cols=piece.rows if is_line else piece.cols,
-            scales=tuple(scale[segments] for scale in scales),
+            scales=tuple(map(piece.segments_of, scales)),
             extra=None if self._extra is None else part(self._extra),
             stochastic=self.stochastic,
             first_index=piece.row * cols + piece.col,

@@ -51,6 +51,14 @@ class Piece:
         """Scales that an 8-bit moment has for each row."""
         return -(-self.cols // SEGMENT)
 
+    def elements_of(self, value: Tensor) -> Tensor:
+        """Its elements in what the rank has, flat."""
+        return value[self.start : self.start + self.rows * self.cols]
+
+    def segments_of(self, scales: Tensor) -> Tensor:
+        """Its scales among the rank's, flat."""
+        return scales[self.segment : self.segment + self.rows * self.segments_per_row]
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Shard:

@@ -149,7 +149,7 @@ class Forms:
             scale = flat(own[f"{name}_scale"])
             codes = flat(own[name])
             for piece, some, scales in _coded(layout, codes, scale):
-                part = value[piece.start : piece.start + piece.rows * piece.cols]
+                part = piece.elements_of(value)
                 new = encode_moment(part.float(), piece.rows, piece.cols, self._maps[name])
                 some.copy_(new[0])
                 scales.copy_(new[1])
@@ -161,12 +161,7 @@ class Forms:
 def _coded(layout: Layout, codes: Tensor, scales: Tensor) -> Iterator[tuple[Any, Tensor, Tensor]]:
     """The pieces of an 8-bit moment."""
     for piece in layout.pieces:
-        segments = piece.rows * piece.segments_per_row
-        yield (
-            piece,
-            codes[piece.start : piece.start + piece.rows * piece.cols],
-            scales[piece.segment : piece.segment + segments],
-        )
+        yield piece, piece.elements_of(codes), piece.segments_of(scales)
 
 
 def _spread(layout: Layout, lines: Tensor) -> Tensor:
@@ -186,7 +181,7 @@ def _average(layout: Layout, lines: Tensor, value: Tensor) -> None:
     for section in layout.sections:
         if section.is_whole:
             piece = section.piece
-            part = value[piece.start : piece.start + piece.rows * piece.cols].double()
+            part = piece.elements_of(value).double()
             mean_B = part.view(section.num_blocks, -1).mean(dim=1)
             lines[piece.line : piece.line + piece.rows] = mean_B.repeat_interleave(
                 section.block_rows

@@ -223,11 +223,11 @@ class _Slots:
     def add(self, jobs: _Jobs, grad: Tensor) -> None:
         for section, slots in zip(self._cut, self._slots_of_sections, strict=True):
             piece = section.piece
-            part = grad[piece.start : piece.start + piece.rows * piece.cols]
+            part = piece.elements_of(grad)
             jobs.add(part, (section.num_blocks, section.block_rows * piece.cols), slots)
         for columns, slots in zip(self._columns, self._slots_of_columns, strict=True):
             piece = columns.piece
-            part = grad[piece.start : piece.start + piece.rows * piece.cols]
+            part = piece.elements_of(grad)
             jobs.add(part, (piece.rows, piece.cols), slots, by_column=True)
 
 
