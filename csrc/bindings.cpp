@@ -4,6 +4,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <iterator>
 #include <stdexcept>
 
@@ -131,6 +132,14 @@ struct Threads {
   void run(const RescaleArgs& args, Index num_blocks) const {
     spread(active_kernels().rescale, args, num_blocks, 1);
   }
+  // Whether the payload is whole: false leaves the groups as they are whose part is not.
+  bool run(const PatchApplyArgs& args) const {
+    std::atomic<bool> is_whole{true};
+    parallel_for(patch_groups(args.numel), kPieceGroups, count, [&](Index begin, Index end) {
+      if (!active_kernels().patch_apply(args, begin, end)) is_whole = false;
+    });
+    return is_whole;
+  }
 
   // One list of work over all tensors, so that threads meet once and not once a tensor.
   template <typename List>
@@ -193,6 +202,10 @@ struct Queue : cuda::Queue {
   void run(const RescaleArgs& args, Index num_blocks) const {
     cuda::rescale(args, num_blocks, *this);
   }
+  bool run(const PatchApplyArgs& args) const {
+    cuda::patch_apply(args, *this);
+    return true;  // what is in the payload is not known here
+  }
   void adam_mini(const StepList& list) const { cuda::adam_mini(list, *this); }
   void adamw(const StepList& list) const { cuda::adamw(list, *this); }
   void mofo(const StepList& list) const { cuda::mofo(list, *this); }
@@ -253,6 +266,26 @@ void rescale(PayloadArg payload, Address ratio, BlockFormat format, Where where)
   where.run(args, payload.total_blocks);
 }
 
+// On threads of the CPU only.
+void patch_encode(Address after, Address before, int element_size, Index numel, Address payload,
+                  Threads threads) {
+  const nb::gil_scoped_release release;
+  const PatchEncodeArgs args{reinterpret_cast<const void*>(after),
+                             reinterpret_cast<const void*>(before), element_size, numel,
+                             reinterpret_cast<std::uint8_t*>(payload)};
+  encode_patch(args, active_kernels().patch_encode, [&](Index groups, const auto& encode_piece) {
+    parallel_for(groups, kPieceGroups, threads.count, encode_piece);
+  });
+}
+
+template <typename Where>
+bool patch_apply(Address weights, int element_size, Index numel, Address payload,
+                 Index payload_bytes, Where where) {
+  const nb::gil_scoped_release release;
+  return where.run(PatchApplyArgs{reinterpret_cast<void*>(weights), element_size, numel,
+                                  reinterpret_cast<const std::uint8_t*>(payload), payload_bytes});
+}
+
 template <typename Where, void (Where::*op)(const StepList&) const>
 void step(const std::vector<StepTensorArg>& given, StepOptionsArg options, Where where) {
   const nb::gil_scoped_release release;
@@ -275,6 +308,7 @@ void define_ops(nb::module_& m) {
   m.def("decode_average", &decode_average<Where>);
   m.def("decode_average_encode", &decode_average_encode<Where>);
   m.def("rescale", &rescale<Where>);
+  m.def("patch_apply", &patch_apply<Where>);
   m.def("adam_mini", &step<Where, &Where::adam_mini>);
   m.def("adamw", &step<Where, &Where::adamw>);
   m.def("mofo", &step<Where, &Where::mofo>);
@@ -310,6 +344,7 @@ NB_MODULE(_C, m) {
 
   nb::class_<Threads>(m, "Threads").def(nb::init<int>());
   define_ops<Threads>(m);
+  m.def("patch_encode", &patch_encode);
 
   // "none", "nvcc", or "shim", which takes addresses of the CPU.
   m.attr("cuda") = COMMRT_CUDA_NAME;

@@ -98,6 +98,23 @@ struct RescaleArgs {
   int bits;
 };
 
+// What makes `after` of `before`: elements of two or four bytes, of which only bits count.
+struct PatchEncodeArgs {
+  const void* after;
+  const void* before;
+  int element_size;
+  std::int64_t numel;
+  std::uint8_t* payload;
+};
+
+struct PatchApplyArgs {
+  void* weights;
+  int element_size;
+  std::int64_t numel;
+  const std::uint8_t* payload;  // at a multiple of four
+  std::int64_t payload_bytes;
+};
+
 // Call body.template operator()<bits>() for the run-time number of bits.
 template <typename Body>
 COMMRT_HOST void with_bits(int bits, Body body) {
@@ -116,6 +133,11 @@ COMMRT_HOST void with_dtype(DType dtype, Body body) {
     case DType::kFloat16: return body.template operator()<DType::kFloat16>();
     default: return body.template operator()<DType::kFloat32>();
   }
+}
+
+template <typename Body>
+COMMRT_HOST auto with_element_size(int size, Body body) {
+  return size == 4 ? body.template operator()<4>() : body.template operator()<2>();
 }
 
 }  // namespace commrt

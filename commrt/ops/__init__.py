@@ -1,7 +1,8 @@
 """Tensors in, tensors out, with the same bits on every device.
 
-Gradients to payloads and back, in this file, and the steps of optimizers, which work on lists of
-:class:`StepTensor`, in :mod:`commrt.ops.steps`.
+Gradients to payloads and back, in this file; the steps of optimizers, which work on lists of
+:class:`StepTensor`, in :mod:`commrt.ops.steps`; what changed of weights, in
+:mod:`commrt.ops.patches`.
 
 Ops write into tensors the caller allocated, never allocate or synchronise, and work on windows of
 whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tensor lie at blocks
@@ -22,6 +23,7 @@ from commrt.ops.batch import StepBatch
 from commrt.ops.format import FLOAT_DTYPES, MAX_BETA, BlockFormat
 from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor
 from commrt.ops.native import status
+from commrt.ops.patches import patch_apply_, patch_bytes, patch_capacity, patch_encode
 from commrt.ops.reference.moments import MomentMap, decode_moment, encode_moment
 from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
@@ -45,6 +47,10 @@ __all__ = [
     "lion_",
     "loco_encode",
     "mofo_",
+    "patch_apply_",
+    "patch_bytes",
+    "patch_capacity",
+    "patch_encode",
     "rescale_",
     "square_sums",
     "status",

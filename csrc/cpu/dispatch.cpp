@@ -20,10 +20,12 @@ namespace commrt {
   void square_sums(const SquaresList&, std::int64_t, std::int64_t);                                \
   void copy_stream(const float*, float*, std::int64_t);                                            \
   float read(const float*, std::int64_t);                                                          \
+  bool patch_apply(const PatchApplyArgs&, std::int64_t, std::int64_t);                             \
+  void patch_encode(const PatchEncodeArgs&, PatchPiece&, std::int64_t, std::int64_t);              \
   const Kernels kernels = {                                                                        \
       #isa,        block_encode, block_decode, loco_encode, decode_average, decode_average_encode, \
       rescale,     adam_mini,    adamw,        mofo,        lion,           adan,                  \
-      square_sums, copy_stream,  read};                                                            \
+      square_sums, copy_stream,  read,         patch_apply, patch_encode};                         \
   }
 
 COMMRT_DECLARE_KERNELS(portable)

@@ -3,6 +3,7 @@
 
 #include "../ops.h"
 #include "../step.h"
+#include "patch_piece.h"
 
 namespace commrt {
 
@@ -23,6 +24,8 @@ struct Kernels {
   void (*square_sums)(const SquaresList&, std::int64_t begin, std::int64_t end);
   void (*copy_stream)(const float* from, float* to, std::int64_t numel);
   float (*read)(const float* from, std::int64_t numel);
+  bool (*patch_apply)(const PatchApplyArgs&, std::int64_t begin, std::int64_t end);
+  void (*patch_encode)(const PatchEncodeArgs&, PatchPiece&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace commrt

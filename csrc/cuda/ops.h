@@ -18,6 +18,7 @@ void decode_average(const DecodeAverageArgs& args, std::int64_t num_blocks, Queu
 void decode_average_encode(const DecodeAverageEncodeArgs& args, std::int64_t num_blocks,
                            Queue queue);
 void rescale(const RescaleArgs& args, std::int64_t num_blocks, Queue queue);
+void patch_apply(const PatchApplyArgs& args, Queue queue);
 
 void adam_mini(const StepList& list, Queue queue);
 void adamw(const StepList& list, Queue queue);

@@ -20,6 +20,8 @@ def arguments(name: str) -> tuple[Any, ...]:
     flat = torch.linspace(-3, 5, 100)
     payloads = torch.stack([cases.encode(flat, FMT), cases.encode(-flat, FMT)])
     empty, residual = cases.empty_payload(FMT, 4), cases.empty_residual(8, 32, 100)
+    patch = torch.zeros(ops.patch_capacity(100, torch.float32), dtype=torch.uint8)
+    ops.patch_encode(flat, -flat, patch)
     return {
         "block_encode": (flat, empty, 4, 32, False, 7, 0, 4, 0),
         "block_decode": (payloads[0].clone(), torch.zeros(100), 4, 32, 0, 4, 0),
@@ -27,6 +29,8 @@ def arguments(name: str) -> tuple[Any, ...]:
         "decode_average": (payloads, torch.zeros(100), 4, 32, 0, 4),
         "decode_average_encode": (payloads, empty, 4, 32, 4, False, 4),
         "rescale_": (payloads[0].clone(), torch.tensor(0.5), 4, 32),
+        "patch_encode": (flat, -flat, patch),
+        "patch_apply_": (-flat, patch),
     }[name]
 
 
@@ -36,7 +40,9 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.commrt, name).default, arguments(name))
 
 
-def step(grad: Tensor, residual: Tensor, payloads: Tensor, mean: Tensor, recoded: Tensor) -> Tensor:
+def step(
+    grad: Tensor, residual: Tensor, payloads: Tensor, mean: Tensor, recoded: Tensor, patch: Tensor
+) -> Tensor:
     """Every op once, through its public wrapper."""
     ops.block_encode(grad, payloads[0], FMT, seed=5)
     ops.loco_encode(grad, residual, payloads[1], FMT)
@@ -44,6 +50,8 @@ def step(grad: Tensor, residual: Tensor, payloads: Tensor, mean: Tensor, recoded
     ops.decode_average_encode(payloads, recoded, FMT, RESIDUAL_FMT)
     ops.rescale_(recoded, torch.tensor(0.5), RESIDUAL_FMT)
     ops.block_decode(recoded, grad, RESIDUAL_FMT)
+    ops.patch_encode(mean, grad, patch)
+    ops.patch_apply_(grad, patch)
     return grad + mean
 
 
@@ -57,6 +65,7 @@ def test_torch_compile() -> None:
             torch.zeros(2, FMT.payload_bytes(4), dtype=torch.uint8),
             torch.zeros(100),
             cases.empty_payload(RESIDUAL_FMT, 4),
+            torch.zeros(ops.patch_capacity(100, torch.float32), dtype=torch.uint8),
         ]
         return [function(*tensors), *tensors]
 

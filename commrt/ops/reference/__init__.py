@@ -15,6 +15,7 @@ from commrt.ops.reference.blocks import (
     philox,
     rescale_,
 )
+from commrt.ops.reference.patches import patch_apply_, patch_encode
 from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
 __all__ = [
@@ -30,6 +31,8 @@ __all__ = [
     "lion_",
     "loco_encode",
     "mofo_",
+    "patch_apply_",
+    "patch_encode",
     "philox",
     "rescale_",
     "square_sums",
