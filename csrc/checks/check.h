@@ -64,6 +64,9 @@ class Checks {
   int cases_ = 0, failures_ = 0;
 };
 
+// In patch_check.cpp.
+void check_patch_apply(Checks& checks, std::mt19937& random);
+
 // In step_check.cpp.
 void check_adam_mini(Checks& checks, std::mt19937& random);
 void check_adamw(Checks& checks, std::mt19937& random);

@@ -267,6 +267,7 @@ constexpr Op kOps[] = {
     {"decode_average", check_decode_average},
     {"decode_average_encode", check_decode_average_encode},
     {"rescale", check_rescale},
+    {"patch_apply", check_patch_apply},
     {"adam_mini", check_adam_mini},
     {"adamw", check_adamw},
     {"adan", check_adan},

@@ -46,7 +46,7 @@ SHIM_TIERS = {
 }
 OPS = (
     *("block_decode", "block_encode", "decode_average", "decode_average_encode"),
-    *("loco_encode", "rescale"),
+    *("loco_encode", "patch_apply", "rescale"),
     *("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums"),
 )
 # Kernels have the names of ops; those of the steps share these two.
@@ -58,7 +58,7 @@ def check_program(tier: str) -> Path:
     folder = folder_of(tier)
     with built_once(folder) as is_built:
         if not is_built:
-            checks = [CSRC / f"checks/{name}_check.cpp" for name in ("kernel", "step")]
+            checks = [CSRC / f"checks/{name}_check.cpp" for name in ("kernel", "patch", "step")]
             sources = [*cuda_sources(CSRC), *shim_sources(CSRC), *checks]
             objects = compile_all(sources, TIERS[tier], folder)
             link([*objects, *_cpu_objects()], TIERS[tier], folder / "kernel_check")

@@ -54,6 +54,22 @@ MUTANTS = {
         new="std::int64_t{threadIdx.x}",
         says=RACE,
     ),
+    "a row that forgets changes of the one before": Mutant(
+        tier="plain",
+        op="patch_apply",
+        file="patch_apply.cuh",
+        old="num_changed += changes.total;",
+        new="num_changed += changes.before;",
+        says=DIFFERENT,
+    ),
+    "codes that are read where none are left": Mutant(
+        tier="asan",
+        op="patch_apply",
+        file="patch_apply.cuh",
+        old="if (skipped + count > 8) eight",
+        new="if (skipped > 0) eight",
+        says=OVERFLOW,
+    ),
     "a store one element too far": Mutant(
         tier="asan",
         op="block_decode",
