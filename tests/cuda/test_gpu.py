@@ -13,10 +13,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import commrt
 from commrt import ops
+from commrt.errors import ConfigError
 from commrt.ops import FLOAT_DTYPES, BlockFormat
 from commrt.ops.native import native
 from commrt.testing import run_ranks
-from tests.native import cases, steps
+from tests.native import cases, steps, test_patch
 
 pytestmark = pytest.mark.gpu
 
@@ -73,6 +74,22 @@ def test_steps_give_the_bits_of_the_cpu(name, weights, grad, moments) -> None:
             steps.tensors_of(expected), steps.tensors_of(found), strict=True
         ):
             cases.assert_same_bits(got.cpu(), wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.4, 1.0])
+def test_patches_arrive_to_the_bit(dtype: torch.dtype, share: float) -> None:
+    for numel in (1, 1023, 1025, 1 << 20):
+        old = test_patch.random_bits(numel, dtype, seed=numel)
+        new = test_patch.changed(old, share, seed=1)
+        patch = test_patch.encoded(new, old).cuda()
+        aligned, shifted = old.cuda(), test_patch.as_int(torch.cat((old[:1], old)).cuda())[1:]
+        ops.patch_apply_(aligned, patch)
+        ops.patch_apply_(shifted.view(dtype), patch)
+        for weights in (aligned, shifted.view(dtype)):
+            assert torch.equal(test_patch.as_int(weights.cpu()), test_patch.as_int(new))
+    with pytest.raises(ConfigError, match="patches are encoded on the CPU only"):
+        ops.patch_encode(old.cuda(), old.cuda(), patch)
 
 
 def trained(device_type: str) -> list[Tensor]:
