@@ -13,6 +13,10 @@ class StateError(CommrtError, ValueError):
     """A state dict that does not fit the model, rank or codec it is loaded into."""
 
 
+class OffloadError(CommrtError, RuntimeError):
+    """Offloaded state could not be had or kept; says whether weights and state still match."""
+
+
 class PeerMismatchError(CommrtError, ValueError):
     """Ranks of one group disagree; raised on every rank, with both values."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 """Of torch.compile, FSDP1 and activation checkpointing."""
@@ -19,6 +20,13 @@ def plain_name(name: str) -> str:
         name = name.replace(wrapper, "")
         name = name.removesuffix(wrapper.removesuffix("."))
     return name.removesuffix(".")
+
+
+def inner_of(model: nn.Module) -> nn.Module | None:
+    """What DDP or torch.compile has wrapped, if this is one of theirs."""
+    name = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
+    inner: nn.Module | None = getattr(model, name, None)
+    return inner
 
 
 class FlatPart(NamedTuple):

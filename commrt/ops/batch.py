@@ -43,6 +43,7 @@ class StepBatch:
         for i, t in enumerate(tensors):
             _check(i, t, name)
         self._lists = flatten(tensors)
+        self._numel = [t.grad.numel() for t in tensors]
         self._device = tensors[0].weights.device if tensors else torch.device("cpu")
 
     def renew(self, grads: Sequence[Tensor], seeds: Sequence[int] | None = None) -> None:
@@ -52,18 +53,21 @@ class StepBatch:
             grads: Contiguous, each of as many elements as the one before; fp32, bf16 or fp16.
             seeds: In [0, 2**63).
         """
-        own = self._lists[2]
-        for i, (before, grad) in enumerate(zip(own, grads, strict=True)):
-            is_like = grad.numel() == before.numel() and grad.device == self._device
+        for i, (numel, grad) in enumerate(zip(self._numel, grads, strict=True)):
+            is_like = grad.numel() == numel and grad.device == self._device
             if not is_like or grad.dtype not in FLOAT_DTYPES or not grad.is_contiguous():
                 raise ConfigError(
                     f"grad of tensor {i} is {grad.dtype} of {grad.numel()} elements on "
                     f"{grad.device}: must be contiguous, one of {FLOAT_DTYPES}, of "
-                    f"{before.numel()} elements on {self._device}"
+                    f"{numel} elements on {self._device}"
                 )
-        own[:] = grads
+        self._lists[2][:] = grads
         if seeds is not None:
             self._lists[6][SEED_PLACE::NUM_PLACES] = seeds
+
+    def forget_grads(self) -> None:
+        """Let go of the gradients, so that their memory is free before the next ones are there."""
+        self._lists[2].clear()
 
     def run(self, name: str, options: StepOptions, grad_factor: Tensor | None) -> None:
         """Call the operator of the step that it was made for."""

@@ -65,6 +65,27 @@ class StepTensor:
         """Scales that an 8-bit moment has for each row."""
         return -(-self.cols // SEGMENT)
 
+    def between(self, begin: int, end: int) -> "StepTensor":
+        """Its rows [begin, end), whole blocks of them."""
+
+        def cut(value: Tensor, each: int) -> Tensor:
+            return value.view(-1)[begin * each : end * each]
+
+        second = self.second
+        if second is not None and second.numel() == self.rows:
+            second = second if self.second_from == Second.OF_COLUMN else cut(second, 1)
+        return dataclasses.replace(
+            self,
+            weights=cut(self.weights, self.cols),
+            grad=cut(self.grad, self.cols),
+            moments=tuple(cut(moment, self.cols) for moment in self.moments),
+            scales=tuple(cut(scale, self.segments_per_row) for scale in self.scales),
+            extra=None if self.extra is None else cut(self.extra, self.cols),
+            second=second,
+            rows=end - begin,
+            first_index=self.first_index + begin * self.index_stride,
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class StepOptions:

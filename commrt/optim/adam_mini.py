@@ -186,7 +186,8 @@ class AdamMini(StepOptimizer):
             return
         second = part.state("exp_avg_sq")
         for section in part.layout.sections:
-            piece, is_whole = section.piece, section.is_whole
+            piece = section.piece
+            is_whole = section.is_whole and not self._sums_apart
             rule = {
                 "second": second[piece.line : piece.line + piece.rows],
                 "second_from": Second.UPDATED if is_whole else Second.OF_ROW,

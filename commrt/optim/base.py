@@ -16,6 +16,7 @@ from commrt.collectives.wrappers import plain_name
 from commrt.errors import ConfigError
 from commrt.ops import StepOptions
 from commrt.optim.batches import Batches, Rows
+from commrt.optim.offloading.engine import Engine
 from commrt.optim.partition import Blocks, Place, by_shape
 from commrt.optim.parts import Part, State, flat, zeros
 from commrt.optim.sections import Layout
@@ -83,6 +84,8 @@ class StepOptimizer(Optimizer):
     _NUM_BETAS = 2
     _HAS_BLOCKS = False
     """Whether there are second moments that several ranks may have to sum."""
+    _READS_MOMENTA = False
+    """Whether a step cannot begin before all moments and gradients have been read once."""
     _KEPT: tuple[str, ...] = (
         *("momentum_dtype", "weight_mode", "maximize", "max_grad_norm", "seed", "grad_norm"),
         *("_layouts", "_found", "_numbers"),
@@ -115,6 +118,7 @@ class StepOptimizer(Optimizer):
         self.seed = seed
         self.grad_norm: Tensor | None = None
         self._totals: Totals | None = None
+        self.offloaded: Engine | None = None
         self._batches = self._new_batches()
         self._layouts: dict[nn.Parameter, tuple[Layout, ...]] = {}
         self._numbers: dict[Layout, int] = {}
@@ -177,7 +181,7 @@ class StepOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._totals, self._batches = None, self._new_batches()
+        self._totals, self._batches, self.offloaded = None, self._new_batches(), None
 
     def _new_batches(self) -> Batches:
         is_drawn = self.weight_mode == "stochastic"
@@ -225,6 +229,8 @@ class StepOptimizer(Optimizer):
         return loss
 
     def _step(self) -> None:
+        if self.offloaded is not None:
+            self.offloaded.begin()
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         groups = [(group, list(self._parts_of(group))) for group in self.param_groups]
         totals = self._agreed_totals()
@@ -234,16 +240,24 @@ class StepOptimizer(Optimizer):
         factor = None if scale is None else scale.float().reciprocal()
         if self.max_grad_norm is not None:
             factor = self._clip(totals, factor, self.max_grad_norm)
+        if self.offloaded is not None:
+            self.offloaded.update(groups, factor)
+        else:
+            self._update(groups, factor)
+        steps = [self.state[p]["step"] for p in self._parameters() if p.grad is not None]
+        if steps:
+            torch._foreach_add_(steps, 1)
+
+    def _update(
+        self, groups: Sequence[tuple[dict[str, Any], Sequence[Part]]], factor: Tensor | None
+    ) -> None:
         self._prepare(groups, factor)
         for group, parts in groups:
             by_step: dict[int, list[Part]] = {}
             for part in parts:
                 by_step.setdefault(part.step, []).append(part)
             for step, alike in by_step.items():
-                self._batches.run(alike, step, self._options(group, step), factor)
-        steps = [self.state[p]["step"] for p in self._parameters() if p.grad is not None]
-        if steps:
-            torch._foreach_add_(steps, 1)
+                self._batches.run(alike, self._options(group, step), factor)
 
     def _parts_of(self, group: dict[str, Any]) -> Iterator[Part]:
         """All that this rank has of a group, and has a gradient."""
@@ -257,14 +271,18 @@ class StepOptimizer(Optimizer):
                 )
             state = self.state[parameter]
             if not state:
-                state.update(self._new_state(parameter, parameter.device))
+                state.update(self._kept(parameter, self._new_state(parameter, parameter.device)))
             step = int(state["step"]) + 1
             for layout, own in zip(
                 self._layouts[parameter], self._states_of(parameter, state), strict=True
             ):
-                part = self._batches.part(layout, parameter, own)
+                part = self._batches.part(layout, layout.shard.local(parameter), own)
                 part.take(parameter.grad, step)
                 yield part
+
+    def _kept(self, parameter: nn.Parameter, state: State) -> State:
+        """A state, where it is to be kept."""
+        return state if self.offloaded is None else self.offloaded.adopt(parameter, state)
 
     def _is_stochastic(self, layout: Layout) -> bool:
         """Whether the first moment of a tensor is rounded stochastically."""
@@ -283,6 +301,11 @@ class StepOptimizer(Optimizer):
         """The coefficients of a step, from 1."""
         raise NotImplementedError
 
+    @property
+    def _sums_apart(self) -> bool:
+        """Whether the step's kernel has not the gradients as they were, whose squares to sum."""
+        return self._HAS_BLOCKS and self.offloaded is not None and self.offloaded.is_lossy
+
     def _agreed_totals(self) -> Totals:
         if self._totals is None:
             pairs = [(own, p.device) for p in self._parameters() for own in self._layouts[p]]
@@ -294,9 +317,11 @@ class StepOptimizer(Optimizer):
                     "max_grad_norm": str(self.max_grad_norm),
                     "weight_mode": self.weight_mode,
                     "seed": self.seed,
+                    "sums_apart": self._sums_apart,
                 },
                 wants_norm=self.max_grad_norm is not None,
                 wants_blocks=self._HAS_BLOCKS,
+                wants_all_blocks=self._sums_apart,
             )
         return self._totals
 
@@ -349,6 +374,8 @@ class StepOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As torch does; of flat parameters in the form of AdamW's."""
+        if self.offloaded is not None:
+            self.offloaded.settle()
         result = super().state_dict()
         ids = [id_ for group in result["param_groups"] for id_ in group["params"]]
         for id_, parameter in zip(ids, self._parameters(), strict=True):
@@ -396,7 +423,7 @@ class StepOptimizer(Optimizer):
         finally:
             hook.remove()
         for parameter, state in loaded.items():
-            self.state[parameter] = state
+            self.state[parameter] = self._kept(parameter, state)
         self._finish_loading(seconds)
 
     def _loaded(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from commrt import ops
 from commrt.ops import StepOptions, StepTensor
@@ -14,18 +14,46 @@ from commrt.optim.sections import Layout
 from commrt.optim.shards import Piece
 
 Rows = Iterator[tuple[str, Piece, StepTensor]]
+SeedOf = Callable[[Layout, int], int]
 # Which parameters have gradients may change from step to step.
 _MOST_LISTS = 16
 
 
 @dataclass(frozen=True)
-class _Call:
-    """An op with its tensors, and whose rows they are."""
+class Call:
+    """An op with its tensors.
+
+    Attributes:
+        name: Of the op.
+        tensors: What it is given.
+        rows: What each of them is of.
+        is_drawn: Whether anything is rounded stochastically.
+    """
 
     name: str
     tensors: ops.StepBatch
-    rows: list[tuple[Part, Piece]]
+    rows: Sequence[tuple[Part, Piece]]
     is_drawn: bool
+
+    def bind(
+        self,
+        options: StepOptions,
+        grad_factor: Tensor | None,
+        seed_of: SeedOf,
+        grad_of: Callable[[Part, Piece], Tensor] = Part.grad_of,
+    ) -> Callable[[], None]:
+        """What updates the rows by the gradients that their parts have taken, or others."""
+        grads = [grad_of(part, piece) for part, piece in self.rows]
+        seeds = (
+            [seed_of(part.layout, part.step) for part, _ in self.rows] if self.is_drawn else None
+        )
+
+        def run() -> None:
+            self.tensors.renew(grads, seeds)
+            getattr(ops, self.name)(self.tensors, options, grad_factor=grad_factor)
+            self.tensors.forget_grads()
+
+        return run
 
 
 class Batches:
@@ -41,53 +69,50 @@ class Batches:
     def __init__(
         self,
         rows_of: Callable[[Part], Rows],
-        seed_of: Callable[[Layout, int], int],
+        seed_of: SeedOf,
         is_stochastic: Callable[[Layout], bool],
         *,
         is_drawn: bool,
     ) -> None:
-        self._rows_of, self._seed_of, self._is_drawn = rows_of, seed_of, is_drawn
+        self.rows_of, self.seed_of, self._is_drawn = rows_of, seed_of, is_drawn
         self._is_stochastic = is_stochastic
         self._parts: dict[Layout, Part] = {}
-        self._calls: dict[tuple[int, ...], list[_Call]] = {}
+        self._calls: dict[tuple[int, ...], list[Call]] = {}
 
-    def part(self, layout: Layout, parameter: nn.Parameter, state: State) -> Part:
+    def part(self, layout: Layout, weights: Tensor, state: State) -> Part:
         """The part of a tensor, the same one as before if nothing has moved."""
         part = self._parts.get(layout)
-        if part is None or not part.is_of(parameter, state):
-            part = Part(layout, parameter, state, stochastic=self._is_stochastic(layout))
+        if part is None or not part.is_of(weights, state):
+            part = Part(layout, weights, state, stochastic=self._is_stochastic(layout))
             self._parts[layout] = part
             self._calls.clear()
         return part
 
-    def run(
-        self, parts: Sequence[Part], step: int, options: StepOptions, grad_factor: Tensor | None
-    ) -> None:
+    def run(self, parts: Sequence[Part], options: StepOptions, grad_factor: Tensor | None) -> None:
         """Update parts by the gradients that they have taken."""
         key = tuple(map(id, parts))
         if key not in self._calls:
             if len(self._calls) >= _MOST_LISTS:
                 self._calls.clear()
-            self._calls[key] = list(self._make(parts))
+            rows = ((part, *row) for part in parts for row in self.rows_of(part))
+            self._calls[key] = self.calls(rows)
         for call in self._calls[key]:
-            grads = [part.grad_of(piece) for part, piece in call.rows]
-            seeds = None
-            if call.is_drawn:
-                seeds = [self._seed_of(part.layout, step) for part, _ in call.rows]
-            call.tensors.renew(grads, seeds)
-            getattr(ops, call.name)(call.tensors, options, grad_factor=grad_factor)
+            call.bind(options, grad_factor, self.seed_of)()
         for part in parts:
             part.write_back()
+            part.let_go()
 
-    def _make(self, parts: Sequence[Part]) -> Iterator[_Call]:
+    def calls(self, rows: Iterable[tuple[Part, str, Piece, StepTensor]]) -> list[Call]:
+        """What updates some rows."""
         found: dict[str, list[tuple[Part, Piece, StepTensor]]] = {}
-        for part in parts:
-            for name, piece, tensor in self._rows_of(part):
-                found.setdefault(name, []).append((part, piece, tensor))
-        for name, rows in found.items():
-            yield _Call(
+        for part, name, piece, tensor in rows:
+            found.setdefault(name, []).append((part, piece, tensor))
+        return [
+            Call(
                 name,
-                ops.StepBatch(name, [tensor for _, _, tensor in rows]),
-                [(part, piece) for part, piece, _ in rows],
-                self._is_drawn or any(part.stochastic for part, _, _ in rows),
+                ops.StepBatch(name, [tensor for _, _, tensor in some]),
+                [(part, piece) for part, piece, _ in some],
+                self._is_drawn or any(part.stochastic for part, _, _ in some),
             )
+            for name, some in found.items()
+        ]

@@ -51,6 +51,7 @@ class MoFO(StepOptimizer):
     """
 
     _FORMS = Forms({})
+    _READS_MOMENTA = True
     _KEPT = (*StepOptimizer._KEPT, "fraction")
 
     def __init__(
@@ -92,13 +93,21 @@ class MoFO(StepOptimizer):
             for group, parts in groups
             for part in parts
         }
-        for layouts, device in self._pools():
+        for layouts in self._pools():
             momenta = [of_part.get(layout) for layout in layouts]
-            found = _thresholds(layouts, momenta, grad_factor, self.fraction, device)
-            for layout, threshold in zip(layouts, found, strict=True):
-                self._thresholds.setdefault(layout, threshold).copy_(threshold)
+            found = _thresholds(layouts, momenta, grad_factor, self.fraction)
+            for momentum, threshold in zip(momenta, found, strict=True):
+                if momentum is not None:
+                    self._threshold(momentum.part).copy_(threshold)
 
-    def _pools(self) -> Iterator[tuple[list[Layout], torch.device]]:
+    def _threshold(self, part: Part) -> Tensor:
+        """Where the kernel reads it."""
+        place = self._thresholds.get(part.layout)
+        if place is None or place.device != part.weights.device:
+            place = self._thresholds[part.layout] = torch.zeros(1, device=part.weights.device)
+        return place
+
+    def _pools(self) -> Iterator[list[Layout]]:
         """The tensors of this rank alone, one after the other, and those of each set of ranks."""
         shared: dict[Any, list[Layout]] = {}
         for parameter in self._parameters():
@@ -106,13 +115,12 @@ class MoFO(StepOptimizer):
                 if layout.shard.groups:
                     shared.setdefault((layout.shard.groups, parameter.device), []).append(layout)
                 else:
-                    yield [layout], parameter.device
-        for (_, device), layouts in shared.items():
-            yield layouts, device
+                    yield [layout]
+        yield from shared.values()
 
     def _tensors(self, part: Part) -> Rows:
         for piece in part.layout.pieces:
-            yield "mofo_", piece, part.tensor(piece, MOMENTS, second=self._thresholds[part.layout])
+            yield "mofo_", piece, part.tensor(piece, MOMENTS, second=self._threshold(part))
 
     def _options(self, group: dict[str, Any], step: int) -> StepOptions:
         return adam_options(group, step, self.maximize)
@@ -122,15 +130,19 @@ class _Momentum:
     """A part's first moment after the step, with the roundings of the kernel."""
 
     def __init__(self, part: Part, beta1: float, grad_scale: float) -> None:
-        self._part, self._grad_scale = part, grad_scale
+        self.part, self._grad_scale = part, grad_scale
         self._keep = torch.tensor(beta1, device=part.grad.device)
 
     def bits(self, grad_factor: Tensor | None) -> Iterator[Tensor]:
         """Of its magnitudes, int32: in the order of the magnitudes; some at a time."""
-        scale = self._grad_scale if grad_factor is None else self._grad_scale * grad_factor
+        scale = (
+            self._grad_scale
+            if grad_factor is None
+            else self._grad_scale * grad_factor.to(self._keep.device)
+        )
         share = (1 - self._keep) * scale
         for before, grad in zip(
-            self._part.state("exp_avg").split(_CHUNK), self._part.grad.split(_CHUNK), strict=True
+            self.part.state("exp_avg").split(_CHUNK), self.part.grad.split(_CHUNK), strict=True
         ):
             moment = self._keep * before.float()
             yield moment.add_(share * grad.float()).abs_().view(torch.int32)
@@ -141,9 +153,9 @@ def _thresholds(
     momenta: Sequence[_Momentum | None],
     grad_factor: Tensor | None,
     fraction: float,
-    device: torch.device,
 ) -> Iterator[Tensor]:
     """The least of the largest magnitudes of each tensor, fp32 (1,)."""
+    device = next((m.part.grad.device for m in momenta if m is not None), torch.device("cpu"))
     wanted = [math.ceil(fraction * math.prod(layout.shard.shape)) for layout in layouts]
     left_L1 = torch.tensor(wanted, device=device)[:, None]
     found_L1 = torch.zeros_like(left_L1)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from commrt.errors import ConfigError
@@ -29,11 +29,12 @@ class Part:
 
     Args:
         layout: Of the tensor.
-        parameter: That it is, or is in.
+        weights: What this rank has of it.
         state: Of the tensor.
         stochastic: Whether the first moment is rounded stochastically, if it has 8 bits.
 
     Attributes:
+        given: Its state.
         grad: Flat; see :meth:`take`.
         step: Number of the step, from 1.
     """
@@ -41,26 +42,24 @@ class Part:
     grad: Tensor
     step: int
 
-    def __init__(
-        self, layout: Layout, parameter: nn.Parameter, state: State, *, stochastic: bool
-    ) -> None:
+    def __init__(self, layout: Layout, weights: Tensor, state: State, *, stochastic: bool) -> None:
         self.layout, self.stochastic = layout, stochastic
+        self.given = state
         self._given = tuple(state.values())
-        self._weights = layout.shard.local(parameter)
+        self._weights = weights
         self._is_copied = not self._weights.is_contiguous()
         self._stepped = self._weights.contiguous()
         self._state = {name: flat(value) for name, value in state.items() if name != "step"}
         self._extra = self._state.get("master", self._state.get("weight_residual"))
 
-    def is_of(self, parameter: nn.Parameter, state: State) -> bool:
-        """Whether parameter and state are still what this was made of."""
-        address = self.layout.shard.local(parameter).data_ptr()
-        return address == self._weights.data_ptr() and all(
+    def is_of(self, weights: Tensor, state: State) -> bool:
+        """Whether weights and state are still what this was made of."""
+        return weights.data_ptr() == self._weights.data_ptr() and all(
             map(operator.is_, self._given, state.values())
         )
 
     def take(self, grad: Tensor, step: int) -> None:
-        """Take the gradient of the parameter for the next step."""
+        """Take the gradient of the parameter for the next step, until :meth:`let_go`."""
         if grad.dtype not in FLOAT_DTYPES or grad.layout != torch.strided:
             raise ConfigError(
                 f"gradient of {self.layout.shard.name!r} of shape {self.layout.shard.shape} is "
@@ -108,10 +107,19 @@ class Part:
             **rule,
         )
 
+    @property
+    def weights(self) -> Tensor:
+        """That are stepped, flat."""
+        return self._stepped.view(-1)
+
     def write_back(self) -> None:
         """What is not contiguous was stepped as a copy."""
         if self._is_copied:
             self._weights.copy_(self._stepped)
+
+    def let_go(self) -> None:
+        """Free the gradient's memory, if nobody else has it."""
+        del self.grad
 
 
 def zeros(layout: Layout, dtype: torch.dtype, name: str, device: torch.device) -> State:

@@ -110,7 +110,7 @@ def _row_sections(blocks: Blocks, pieces: tuple[Piece, ...]) -> Iterator[Section
             high = min(piece.row + piece.rows, first_line + lines) - first_line
             is_complete = piece.cols == blocks.cols
             for begin, end in _cut(low, high, size):
-                rows = _rows(piece, begin + first_line, end + first_line)
+                rows = rows_between(piece, begin + first_line, end + first_line)
                 yield Section(
                     piece=rows,
                     block=first_block + begin // size,
@@ -132,7 +132,7 @@ def _cut(low: int, high: int, size: int) -> Iterator[tuple[int, int]]:
             yield begin, end
 
 
-def _rows(piece: Piece, begin: int, end: int) -> Piece:
+def rows_between(piece: Piece, begin: int, end: int) -> Piece:
     """Rows [begin, end) of the whole tensor."""
     ahead = begin - piece.row
     return replace(
@@ -154,7 +154,7 @@ def _column_sections(shard: Shard, blocks: Blocks, pieces: tuple[Piece, ...]) ->
     for piece in pieces:
         first, last = piece.row // rows, (piece.row + piece.rows - 1) // rows
         for matrix in range(first, last + 1):
-            part = _rows(
+            part = rows_between(
                 piece,
                 max(piece.row, matrix * rows),
                 min(piece.row + piece.rows, (matrix + 1) * rows),

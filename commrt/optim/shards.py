@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Replicate
-from torch.nn.parallel import DistributedDataParallel
 
-from commrt.collectives.wrappers import flat_chunk, flat_parts, plain_name
+from commrt.collectives.wrappers import flat_chunk, flat_parts, inner_of, plain_name
 from commrt.errors import ConfigError
 from commrt.ops import SEGMENT
 from commrt.optim.partition import Blocks, Place, Shape
@@ -258,7 +257,7 @@ def find_shards(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, Shard]]
 
     A shared one comes once for every module that has it; a flat parameter once for every tensor.
     """
-    while (inner := _inner(model)) is not None:
+    while (inner := inner_of(model)) is not None:
         model = inner
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
@@ -269,13 +268,6 @@ def find_shards(model: nn.Module) -> Iterator[tuple[Place, nn.Parameter, Shard]]
         for name, parameter in module.named_parameters(recurse=False):
             if not is_flat(parameter):
                 yield (module, name), parameter, shard_of(plain_name(prefix + name), parameter)
-
-
-def _inner(model: nn.Module) -> nn.Module | None:
-    """What DDP or torch.compile has wrapped."""
-    name = "module" if isinstance(model, DistributedDataParallel) else "_orig_mod"
-    inner: nn.Module | None = getattr(model, name, None)
-    return inner
 
 
 def is_flat(parameter: nn.Parameter) -> bool:

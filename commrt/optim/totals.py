@@ -35,6 +35,7 @@ class Totals:
         settings: What the ranks have to agree on.
         wants_norm: Whether :attr:`square_norm` is needed.
         wants_blocks: Whether :meth:`update_second` is.
+        wants_all_blocks: Also for blocks of rows that this rank has whole.
 
     Ranks: all must call.
 
@@ -50,6 +51,7 @@ class Totals:
         *,
         wants_norm: bool,
         wants_blocks: bool,
+        wants_all_blocks: bool = False,
     ) -> None:
         self._wants_norm = wants_norm
         shared: dict[tuple[Groups, torch.device], list[Layout]] = {}
@@ -61,8 +63,11 @@ class Totals:
             for group in groups:
                 check_agreement({**settings, **_described(some)}, group, _carrier(group, device))
                 ranges = _united(ranges, group, _carrier(group, device))
-            own = [_merged(_whole_columns(layout) if wants_blocks else []) for layout in some]
-            self._pools.append(_Pool(some, ranges, own, groups, device))
+            own = [
+                _merged(_whole_blocks(layout, wants_all_blocks) if wants_blocks else [])
+                for layout in some
+            ]
+            self._pools.append(_Pool(some, ranges, own, groups, device, wants_all_blocks))
 
     def average(self, values: Gradients) -> None:
         """Sum these values themselves, so that ``update_second`` makes the blocks' means of them.
@@ -122,6 +127,7 @@ class _Pool:
         own: Sequence[Ranges],
         groups: Groups,
         device: torch.device,
+        has_all_blocks: bool,
     ) -> None:
         self.groups, self.device = groups, device
         self.was_reduced = False
@@ -133,7 +139,7 @@ class _Pool:
         for layout, shared, private in zip(layouts, ranges, own, strict=True):
             if shared or private:
                 starts = [(at_shared, shared), (at_own, private)]
-                self._slots[layout] = _Slots(layout, starts, device)
+                self._slots[layout] = _Slots(layout, starts, device, has_all_blocks)
             at_shared += _number(shared)
             at_own += _number(private)
         self.buffer = torch.zeros(at_own, dtype=torch.float64, device=device)
@@ -175,8 +181,9 @@ class _Pool:
         mean_N = self.buffer[slots.slot_N] / slots.numel_N
         if grad_factor is not None:
             mean_N *= grad_factor.double() ** 2
-        keep = torch.tensor(beta2, device=self.device)  # fp32, as in the kernel
-        second[slots.lines_N] = keep * second[slots.lines_N] + (1 - keep) * mean_N.float()
+        keep = torch.tensor(beta2, device=second.device)  # fp32, as in the kernel
+        lines_N, mean_N = slots.lines_N.to(second.device), mean_N.float().to(second.device)
+        second[lines_N] = keep * second[lines_N] + (1 - keep) * mean_N
 
 
 class _Slots:
@@ -189,9 +196,13 @@ class _Slots:
     """
 
     def __init__(
-        self, layout: Layout, starts: Sequence[tuple[int, Ranges]], device: torch.device
+        self,
+        layout: Layout,
+        starts: Sequence[tuple[int, Ranges]],
+        device: torch.device,
+        has_all_blocks: bool,
     ) -> None:
-        self._cut = [section for section in layout.sections if not section.is_whole]
+        self._cut = [s for s in layout.sections if has_all_blocks or not s.is_whole]
         self._columns = layout.columns
         slot_of: dict[int, int] = {}
         for first, ranges in starts:
@@ -307,8 +318,11 @@ def _cut_blocks(layout: Layout) -> Iterator[tuple[int, int]]:
             yield int(columns.block_of[0]), int(columns.block_of[-1]) + 1
 
 
-def _whole_columns(layout: Layout) -> Iterator[tuple[int, int]]:
-    """Ranges of blocks of columns that this rank has."""
+def _whole_blocks(layout: Layout, with_rows: bool) -> Iterator[tuple[int, int]]:
+    """Ranges of blocks of columns that this rank has; of rows, too, if they are wanted."""
+    for section in layout.sections:
+        if with_rows and section.is_whole:
+            yield section.block, section.block + section.num_blocks
     for columns in layout.columns:
         if columns.is_whole:
             yield int(columns.block_of[0]), int(columns.block_of[-1]) + 1

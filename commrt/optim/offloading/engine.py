@@ -1,0 +1,231 @@
+"""What stands between an optimizer and its state where that is in host memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from commrt.errors import OffloadError
+from commrt.optim.offloading.gradients import Gradients
+from commrt.optim.offloading.lanes import Lane, until_now
+from commrt.optim.offloading.link import Copy, Link, Mover, Reading, Writing
+from commrt.optim.offloading.memory import Memory
+from commrt.optim.offloading.pipeline import Chunk, Pipeline, Step, catch_up
+from commrt.optim.offloading.plan import Plan
+from commrt.optim.offloading.schedule import Group, Schedule
+from commrt.optim.parts import State
+from commrt.optim.sections import Layout
+
+if TYPE_CHECKING:
+    from commrt.optim.base import StepOptimizer
+
+_MOST_SCHEDULES = 8
+
+
+class Engine:
+    """Keeps the state of an optimizer in host memory, and updates its parameters.
+
+    Args:
+        optimizer: Whose.
+        plan: Which parameters the host steps; the state of the others streams.
+        link: To their device.
+        lanes: Of the device's steps, and of the host's.
+        gradients: Brings them to the host.
+        is_patched: Whether only the bits of weights go back that have changed.
+        folder: Keep the state in a file there.
+        chunk_bytes: Of state that are stepped at a time.
+
+    Attributes:
+        plan: See above.
+        link: See above.
+        memory: Of the host.
+        overlaps: Whether a step may end during the next forward.
+
+    Raises:
+        OffloadError: There is not as much host memory.
+    """
+
+    def __init__(
+        self,
+        optimizer: StepOptimizer,
+        plan: Plan,
+        link: Link,
+        lanes: tuple[Lane, Lane],
+        gradients: Gradients,
+        *,
+        is_patched: bool,
+        folder: Path | None,
+        chunk_bytes: int,
+    ) -> None:
+        self.plan, self.link = plan, link
+        self._optimizer, self._lanes = optimizer, lanes
+        self._device, self._gradients = link.device, gradients
+        self._is_patched, self._chunk_bytes = is_patched, chunk_bytes
+        on_device, on_host = lanes
+        self._disk: list[Reading | Writing] = []
+        inbound: Mover = link.up
+        outbound: Mover = link.down
+        if folder is not None:
+            self._disk = [Reading(link.up), Writing(link.down)]
+            inbound, outbound = self._disk
+        self._streams = Pipeline(inbound, on_device, outbound, link.device, is_hosted=False)
+        self._hosts = Pipeline(link.down, on_host, link.up, link.device, is_hosted=True)
+        self.memory = Memory(optimizer, plan.hosted, gradients, link.device, folder)
+        self._host_factor = torch.empty((), pin_memory=not link.is_emulated)
+        self._schedules: dict[tuple[Any, ...], Schedule] = {}
+        self._running: list[Chunk] = []
+        self._serving: dict[Layout, list[Chunk]] = {}
+        self._places: dict[Layout, int] = {}
+        self._failure: Exception | None = None
+        self.overlaps = False
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether some parameters are stepped by gradients that a codec has changed."""
+        return bool(self.plan.hosted) and not self._gradients.is_exact
+
+    def adopt(self, parameter: nn.Parameter, state: State) -> State:
+        """A parameter's state, kept in host memory from now on."""
+        self.settle()
+        self._schedules.clear()
+        return self.memory.adopt(parameter, state)
+
+    def begin(self) -> None:
+        """End the step before.
+
+        Raises:
+            OffloadError: It has failed; weights and state are those after it.
+        """
+        self.settle()
+        self._gradients.begin()
+        if self._failure is not None:
+            raise OffloadError(
+                f"the step before could not be taken as planned: {self._failure}; it was taken "
+                "without the engine, and weights and state are those after it"
+            ) from self._failure
+
+    def update(self, groups: Sequence[Group], factor: Tensor | None) -> None:
+        """Step the parts of these groups, which have taken their gradients."""
+        there = [
+            (group, [self.memory.twin(part) or part for part in parts]) for group, parts in groups
+        ]
+        schedule = self._schedule(groups)
+        if self._optimizer._READS_MOMENTA:
+            self._hosts.gather(schedule.hosted)
+        self._optimizer._prepare(there, factor)
+        begin = until_now(self._device)
+        self._running = [*schedule.hosted, *schedule.streamed]
+        self._serving = schedule.serving
+        bind = functools.partial(self._bind, schedule, self._options(groups))
+        if schedule.hosted:
+            known = begin
+            if factor is not None:
+                known = self.link.down.move([Copy(self._host_factor, factor)], (begin,))
+            host_factor = None if factor is None else self._host_factor
+            self._hosts.run(schedule.hosted, functools.partial(bind, host_factor), known)
+        self._streams.run(schedule.streamed, functools.partial(bind, factor), begin)
+        self._streams.prefetch(schedule.streamed)
+        for _, parts in groups:
+            for part in parts:
+                part.let_go()
+        if not self.overlaps:
+            self.wait()
+
+    def wait(self, parameters: Collection[nn.Parameter] | None = None) -> None:
+        """Return when these weights, or all, are those after the step."""
+        chunks = self._running
+        if parameters is not None and chunks:
+            layouts = [layout for p in parameters for layout in self._optimizer._layouts.get(p, ())]
+            chunks = [chunk for layout in layouts for chunk in self._serving.get(layout, ())]
+        self._each(chunks, lambda chunk: chunk.ready.wait())
+
+    def reorder(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Step parameters in this order from now on; others come last."""
+        layouts = [layout for p in parameters for layout in self._optimizer._layouts.get(p, ())]
+        self._places = {layout: place for place, layout in reversed(list(enumerate(layouts)))}
+        self.settle()
+        self._schedules.clear()
+
+    def settle(self) -> None:
+        """Return when all state is back in its place, too."""
+        self._each(self._running, Chunk.settle)
+        self._running = []
+
+    def close(self) -> None:
+        """End threads, after what is queued."""
+        self.settle()
+        for lane in (*self._disk, *self._lanes):
+            lane.close()
+        self.link.close()
+
+    def _schedule(self, groups: Sequence[Group]) -> Schedule:
+        key = tuple(
+            (id(part), number, part.step - parts[0].step)
+            for number, (_, parts) in enumerate(groups)
+            for part in parts
+        )
+        if key not in self._schedules:
+            if len(self._schedules) >= _MOST_SCHEDULES:
+                self._schedules.clear()
+            last = len(self._places)
+            self._schedules[key] = Schedule(
+                groups, self._optimizer._batches, self.memory, self._gradients, self._is_patched,
+                self._chunk_bytes, self._device,
+                lambda layout: self._places.get(layout, last),
+            )  # fmt: skip
+        return self._schedules[key]
+
+    def _options(self, groups: Sequence[Group]) -> dict[tuple[int, int], Any]:
+        """By group and number of the step, as they are now."""
+        return {
+            (number, step): self._optimizer._options(group, step)
+            for number, (group, parts) in enumerate(groups)
+            for step in {part.step for part in parts}
+        }
+
+    def _bind(
+        self,
+        schedule: Schedule,
+        options: dict[tuple[int, int], Any],
+        factor: Tensor | None,
+        chunk: Chunk,
+    ) -> Step:
+        seed_of = self._optimizer._batches.seed_of
+        bound = [
+            due.call.bind(options[due.group, due.part.step], factor, seed_of, chunk.grad_of)
+            for due in schedule.due[chunk]
+        ]
+
+        def step() -> None:
+            for call in bound:
+                call()
+
+        return step
+
+    def _each(self, chunks: Sequence[Chunk], wait_for: Callable[[Chunk], Any]) -> None:
+        try:
+            for chunk in chunks:
+                wait_for(chunk)
+        except Exception as error:  # noqa: BLE001 - raised by the next step
+            self._recover(error)
+
+    def _recover(self, failure: Exception) -> None:
+        """Take the step to its end in this thread."""
+        for chunk in self._running:
+            for done in (chunk.ready, chunk.left):
+                with contextlib.suppress(Exception):
+                    done.settle()
+        self._failure = failure
+        try:
+            catch_up(self._running)
+        except OSError:
+            self.memory.leave_the_file()
+            catch_up(self._running)
+        self._schedules.clear()
+        self._running = []

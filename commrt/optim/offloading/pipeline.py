@@ -1,0 +1,192 @@
+"""Chunks on their way: what a step needs of one comes, it is stepped, and what has changed leaves.
+
+Where the state streams, it comes up to the device, and goes back down. Where the host steps,
+gradients come down, and weights go up. Either way the link is busy in both directions while a chunk
+is in work between them::
+
+    in    | 3       | 4       | 5       | ...
+    step  | 2       | 3       | 4       |
+    out   | 1       | 2       | 3       |
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from commrt.optim.offloading.chunks import Row
+from commrt.optim.offloading.lanes import Done, Lane, Nothing, until_now
+from commrt.optim.offloading.link import Copies, Mover, copy
+from commrt.optim.parts import Part
+from commrt.optim.shards import Piece
+
+NUM_SLOTS = 3
+Step = Callable[[], None]
+
+
+class Chunk(abc.ABC):
+    """Rows of parameters that are updated together.
+
+    Args:
+        rows: Which.
+
+    Attributes:
+        rows: Which.
+        slot: Number of the buffers that it uses.
+        ready: When its weights are on the device, after the last step.
+    """
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.rows = rows
+        self.slot = 0
+        self.ready: Done = Nothing()
+        self.brought: Copies = ()
+        self.arrived: Done | None = None
+        self.left: Done = Nothing()
+        self.due: Step | None = None
+        self.is_stepped = False
+
+    @abc.abstractmethod
+    def arriving(self) -> Copies:
+        """What has to be copied before the step."""
+
+    @abc.abstractmethod
+    def leaving(self) -> Copies:
+        """What has to be copied after it."""
+
+    @property
+    def rows_there(self) -> Sequence[Row]:
+        """The rows, with their state where they are stepped."""
+        return self.rows
+
+    def grad_of(self, part: Part, piece: Piece) -> Tensor:
+        """What a row is stepped by."""
+        return part.grad_of(piece)
+
+    def unpack(self) -> None:  # noqa: B027 - most have nothing to do
+        """What the device has to do with what left."""
+
+    def settle(self) -> None:
+        """Return when it has left."""
+        self.ready.settle()
+        self.left.settle()
+
+    def step(self) -> None:
+        """Take the step that is due."""
+        assert self.due is not None
+        self.due()
+        self.is_stepped = True
+
+    def finish(self) -> None:
+        """It has left."""
+        self.unpack()
+        self.due, self.is_stepped = None, False
+        self.brought = ()
+
+
+class Pipeline:
+    """Moves chunks.
+
+    Args:
+        inbound: Brings what a step needs.
+        lane: Of the steps.
+        outbound: Takes what has changed.
+        device: Of the parameters.
+        is_hosted: The step is the host's, and a slot is for what leaves; else it is the device's,
+            and a slot is for what arrives, too.
+    """
+
+    def __init__(
+        self, inbound: Mover, lane: Lane, outbound: Mover, device: torch.device, *,
+        is_hosted: bool,
+    ) -> None:  # fmt: skip
+        self._inbound, self._lane, self._outbound = inbound, lane, outbound
+        self._device = device
+        self._is_hosted = is_hosted
+        self._last: list[Chunk | None] = [None] * NUM_SLOTS
+
+    def bring(self, chunk: Chunk) -> None:
+        """Copy what a chunk's step needs, if that has not been done."""
+        if chunk.arrived is not None:
+            return
+        copies = chunk.brought = chunk.arriving()
+        after = (until_now(self._device),) if self._is_hosted else self._take_slot(chunk)
+        chunk.arrived = self._inbound.move(copies, after)
+
+    def gather(self, chunks: Sequence[Chunk]) -> None:
+        """Return when all is there that the steps of these need."""
+        for chunk in chunks:
+            self.bring(chunk)
+        for chunk in chunks:
+            assert chunk.arrived is not None
+            chunk.arrived.settle()
+
+    def run(self, chunks: Sequence[Chunk], step: Callable[[Chunk], Step], begin: Done) -> None:
+        """Update chunks.
+
+        Args:
+            chunks: In this order.
+            step: Of each.
+            begin: When gradients are final.
+        """
+        ahead = len(chunks) if self._is_hosted else NUM_SLOTS
+        for place, chunk in enumerate(chunks):
+            chunk.slot = place % NUM_SLOTS
+            chunk.due = step(chunk)
+        for chunk in chunks[:ahead]:
+            self.bring(chunk)
+        for place, chunk in enumerate(chunks):
+            self._step(chunk, begin)
+            for following in chunks[place + ahead : place + ahead + 1]:
+                self.bring(following)
+
+    def prefetch(self, chunks: Sequence[Chunk]) -> None:
+        """Bring what the next step of these begins with."""
+        for chunk in chunks[:NUM_SLOTS]:
+            self.bring(chunk)
+
+    def _take_slot(self, chunk: Chunk) -> tuple[Done, ...]:
+        """When the chunk's slot is free for it."""
+        before, self._last[chunk.slot] = self._last[chunk.slot], chunk
+        if before is None:
+            return ()
+        if self._is_hosted or before.arrived is None:
+            return (before.left,)
+        # It was fetched for a step that has not come.
+        arrived, before.arrived = before.arrived, None
+        return before.left, arrived
+
+    def _step(self, chunk: Chunk, begin: Done) -> None:
+        assert chunk.arrived is not None
+        after, chunk.arrived = (chunk.arrived, begin), None
+        if not self._is_hosted:
+            chunk.ready = self._lane.run(chunk.step, after)
+            chunk.left = self._leave(chunk, chunk.ready)
+            return
+
+        def step() -> Done:
+            chunk.step()
+            return self._leave(chunk, self._lane.now())
+
+        chunk.ready = chunk.left = self._lane.run(step, (*after, *self._take_slot(chunk)))
+
+    def _leave(self, chunk: Chunk, stepped: Done) -> Done:
+        return self._outbound.move(chunk.leaving(), (stepped,), chunk.finish)
+
+
+def catch_up(chunks: Sequence[Chunk]) -> None:
+    """Do in the calling thread what lanes have left undone."""
+    for chunk in chunks:
+        chunk.arrived = None
+        if chunk.is_stepped:
+            copy(chunk.leaving())
+            chunk.finish()
+    for chunk in chunks:
+        if chunk.due is not None:
+            copy(chunk.brought or chunk.arriving())
+            chunk.step()
+            copy(chunk.leaving())
+            chunk.finish()

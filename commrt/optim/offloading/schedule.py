@@ -1,0 +1,146 @@
+"""Which parts are stepped together, and in which order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from commrt.collectives import order
+from commrt.optim.batches import Batches, Call
+from commrt.optim.offloading.chunks import Row, chunks_of
+from commrt.optim.offloading.gradients import Gradients
+from commrt.optim.offloading.hosted import HostedChunk, PatchedChunk
+from commrt.optim.offloading.memory import Memory
+from commrt.optim.offloading.pipeline import NUM_SLOTS, Chunk
+from commrt.optim.offloading.streamed import StreamedChunk
+from commrt.optim.parts import Part
+from commrt.optim.sections import Layout
+
+Group = tuple[dict[str, Any], Sequence[Part]]
+
+
+class Due(NamedTuple):
+    """What a chunk's step calls.
+
+    Attributes:
+        group: Number of the group whose options it takes.
+        part: One of those with the step number that it takes.
+        call: The op.
+    """
+
+    group: int
+    part: Part
+    call: Call
+
+
+class Schedule:
+    """The chunks of some parts.
+
+    Args:
+        groups: Of the parameters, with their parts.
+        batches: Of the optimizer.
+        memory: Of the host.
+        gradients: Brings them to it.
+        is_patched: Whether weights go back as patches.
+        chunk_bytes: Of state that are stepped at a time.
+        device: Of the parameters.
+        place_of: Of a tensor in the order of steps.
+
+    Attributes:
+        streamed: In the order of their steps.
+        hosted: Likewise.
+        due: What steps each.
+        serving: The chunks of each tensor.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        batches: Batches,
+        memory: Memory,
+        gradients: Gradients,
+        is_patched: bool,
+        chunk_bytes: int,
+        device: torch.device,
+        place_of: Callable[[Layout], int],
+    ) -> None:
+        self.due: dict[Chunk, list[Due]] = {}
+        self.serving: dict[Layout, list[Chunk]] = {}
+        self._batches = batches
+        self._kinds: dict[Part, tuple[int, int]] = {}
+        self._twins: dict[Part, Part] = {}
+        stays: list[Part] = []
+        numbered = [(part, number) for number, (_, parts) in enumerate(groups) for part in parts]
+        for part, number in sorted(numbered, key=lambda pair: place_of(pair[0].layout)):
+            twin = memory.twin(part)
+            self._kinds[twin or part] = number, part.step
+            if twin is None:
+                stays.append(part)
+            else:
+                self._twins[twin] = part
+        self.streamed = [
+            StreamedChunk(rows, memory.slab)
+            for rows in chunks_of(self._rows(stays), memory.slab, chunk_bytes)
+        ]
+        kind = PatchedChunk if is_patched else HostedChunk
+        self.hosted = [
+            kind(rows, self._twins, gradients)
+            for rows in chunks_of(self._rows(self._twins), memory.slab, chunk_bytes)
+        ]
+        _give_slots(self.streamed, device, has_file=memory.slab.is_file)
+        _give_scratch(self.hosted, device)
+        for chunk in (*self.streamed, *self.hosted):
+            self.due[chunk] = list(self._calls(chunk.rows_there))
+        for chunk in (*self.streamed, *self.hosted):
+            for layout in {row.part.layout for row in chunk.rows}:
+                self.serving.setdefault(layout, []).append(chunk)
+
+    def _rows(self, parts: Mapping[Part, Any] | Sequence[Part]) -> Iterator[Row]:
+        for part in parts:
+            for row in self._batches.rows_of(part):
+                yield Row(part, *row)
+
+    def _calls(self, rows: Sequence[Row]) -> Iterator[Due]:
+        of_kind: dict[tuple[int, int], list[Row]] = {}
+        for row in rows:
+            of_kind.setdefault(self._kinds[row.part], []).append(row)
+        for (number, _), some in of_kind.items():
+            for call in self._batches.calls(some):
+                yield Due(number, some[0].part, call)
+
+
+def _give_slots(chunks: Sequence[StreamedChunk], device: torch.device, *, has_file: bool) -> None:
+    sizes = [chunk.slot_bytes for chunk in chunks]
+    slots, through = _buffers(sizes, device), None
+    if has_file:
+        through = _buffers(sizes, torch.device("cpu"), pin_memory=order.is_queued(device))
+    for place, chunk in enumerate(chunks):
+        at = place % NUM_SLOTS
+        chunk.settle_in(slots[at], None if through is None else through[at])
+
+
+def _give_scratch(chunks: Sequence[HostedChunk], device: torch.device) -> None:
+    """The host works on one chunk at a time; patches of several are on their way."""
+    scratch = torch.empty(max((chunk.scratch_numel for chunk in chunks), default=0))
+    for chunk in chunks:
+        chunk.work_in(scratch)
+    patched = [chunk for chunk in chunks if isinstance(chunk, PatchedChunk)]
+    old = torch.empty(max((chunk.old_bytes for chunk in patched), default=0), dtype=torch.uint8)
+    sizes = [chunk.slot_bytes for chunk in patched]
+    packed = _buffers(sizes, torch.device("cpu"), pin_memory=order.is_queued(device))
+    received = _buffers(sizes, device)
+    for place, chunk in enumerate(patched):
+        chunk.pack_in(old, packed[place % NUM_SLOTS], received[place % NUM_SLOTS])
+
+
+def _buffers(
+    sizes: Sequence[int], device: torch.device, *, pin_memory: bool = False
+) -> list[Tensor]:
+    most = max(sizes, default=0)
+    return [
+        torch.empty(most, dtype=torch.uint8, device=device, pin_memory=pin_memory)
+        for _ in range(NUM_SLOTS)
+    ]
