@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
@@ -21,7 +22,7 @@ from commrt.optim.partition import Blocks, Place, by_shape
 from commrt.optim.parts import Part, State, flat, zeros
 from commrt.optim.sections import Layout
 from commrt.optim.shards import Shard, Span, find_shards, is_flat, shard_of
-from commrt.optim.states import Forms, of_weights
+from commrt.optim.states import OWED, Forms, of_weights
 from commrt.optim.totals import Totals
 
 MomentumDtype = Literal["fp32", "bf16", "int8"]
@@ -229,13 +230,15 @@ class StepOptimizer(Optimizer):
         return loss
 
     def _step(self) -> None:
-        if self.offloaded is not None:
-            self.offloaded.begin()
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
+        if self.offloaded is not None:
+            self.offloaded.begin(is_unscaled=found_inf is not None and scale is None)
         groups = [(group, list(self._parts_of(group))) for group in self.param_groups]
         totals = self._agreed_totals()
         totals.sum({part.layout: part.grad for _, some in groups for part in some}, found_inf)
         if totals.found_inf or (found_inf is not None and bool(found_inf)):
+            if self.offloaded is not None:
+                self.offloaded.skip()
             return
         factor = None if scale is None else scale.float().reciprocal()
         if self.max_grad_norm is not None:
@@ -385,7 +388,17 @@ class StepOptimizer(Optimizer):
                 result["state"][id_] = {
                     "step": own["step"], **self._FORMS.expanded(parameter, list(parts))
                 }  # fmt: skip
+        if self.offloaded is not None:
+            self._add_owed(result, ids)
         return result
+
+    def _add_owed(self, result: dict[str, Any], ids: Sequence[int]) -> None:
+        """What the codec of gradients that come to the host owes, where it has a memory."""
+        assert self.offloaded is not None
+        for id_, parameter in zip(ids, self._parameters(), strict=True):
+            if id_ in result["state"]:
+                owed = self.offloaded.owed(parameter)
+                result["state"][id_] = {**result["state"][id_], **owed}
 
     def as_adamw(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The state of a whole parameter in AdamW's form: fp32, a second moment an element.
@@ -433,6 +446,9 @@ class StepOptimizer(Optimizer):
         seconds: dict[Layout, tuple[Tensor, Tensor]],
     ) -> State:
         new = self._new_state(parameter, parameter.device)
+        if OWED in given:
+            given = dict(given)
+            self._take_owed(parameter, given.pop(OWED))
         for layout, own in zip(
             self._layouts[parameter], self._states_of(parameter, new), strict=True
         ):
@@ -445,6 +461,14 @@ class StepOptimizer(Optimizer):
                 seconds[layout] = flat(own["exp_avg_sq"]), second
         new["step"] = torch.as_tensor(given["step"]).to("cpu", torch.float32, copy=True)
         return new
+
+    def _take_owed(self, parameter: nn.Parameter, value: Tensor) -> None:
+        if self.offloaded is None or not self.offloaded.owe(parameter, value):
+            warnings.warn(
+                f"{OWED} of a parameter of shape {tuple(parameter.shape)} is not loaded: this "
+                "optimizer's gradients do not go through a codec with a memory",
+                stacklevel=4,
+            )
 
     def _finish_loading(self, seconds: Mapping[Layout, tuple[Tensor, Tensor]]) -> None:
         """Find the second moments of blocks that are in several ranks, of AdamW's."""

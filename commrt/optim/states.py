@@ -14,6 +14,8 @@ from commrt.optim.parts import State, flat
 from commrt.optim.sections import Layout
 from commrt.optim.shards import Span
 
+OWED = "grad_residual"
+"""What the codec of gradients that come to the host owes."""
 _OF_WEIGHTS = ("master", "weight_residual")
 
 
@@ -33,7 +35,7 @@ def of_weights(
 
 def moment_names(state: Mapping[str, Any]) -> list[str]:
     """Of a tensor's state, without their scales."""
-    others = {"step", *_OF_WEIGHTS}
+    others = {"step", OWED, *_OF_WEIGHTS}
     return [name for name in state if name not in others and not name.endswith("_scale")]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,15 +13,19 @@ import torch
 from torch import Tensor, nn
 
 from commrt.errors import OffloadError
+from commrt.optim.offloading.early import Early, may_come_early
+from commrt.optim.offloading.gates import Gates
 from commrt.optim.offloading.gradients import Gradients
 from commrt.optim.offloading.lanes import Lane, until_now
 from commrt.optim.offloading.link import Copy, Link, Mover, Reading, Writing
 from commrt.optim.offloading.memory import Memory
 from commrt.optim.offloading.pipeline import Chunk, Pipeline, Step, catch_up
 from commrt.optim.offloading.plan import Plan
+from commrt.optim.offloading.report import describe
 from commrt.optim.offloading.schedule import Group, Schedule
 from commrt.optim.parts import State
 from commrt.optim.sections import Layout
+from commrt.optim.states import OWED
 
 if TYPE_CHECKING:
     from commrt.optim.base import StepOptimizer
@@ -43,7 +48,7 @@ class Engine:
 
     Attributes:
         plan: See above.
-        link: See above.
+        link: See above; counts bytes.
         memory: Of the host.
         overlaps: Whether a step may end during the next forward.
 
@@ -83,7 +88,24 @@ class Engine:
         self._serving: dict[Layout, list[Chunk]] = {}
         self._places: dict[Layout, int] = {}
         self._failure: Exception | None = None
+        self._gates: Gates | None = None
+        self._early: Early | None = None
+        self._num_steps = 0
+        self._last_s: float | None = None
+        self._missing: dict[Chunk, set[Layout]] = {}
+        self._schedule: Schedule | None = None
+        self._parameters = {
+            layout: parameter
+            for parameter in optimizer._parameters()
+            for layout in optimizer._layouts[parameter]
+        }
         self.overlaps = False
+
+    def overlap(self, model: nn.Module) -> None:
+        """End steps during the next forward of a model, and bring gradients during backward."""
+        self._gates = Gates(model, self)
+        if self._gradients.codec is None:  # which would owe twice what is encoded twice
+            self._early = Early(list(filter(may_come_early, self.plan.hosted)), self._take)
 
     @property
     def is_lossy(self) -> bool:
@@ -96,26 +118,62 @@ class Engine:
         self._schedules.clear()
         return self.memory.adopt(parameter, state)
 
-    def begin(self) -> None:
+    def owed(self, parameter: nn.Parameter) -> State:
+        """What the gradients' codec owes of a parameter, fp32 and shaped like it, if it owes."""
+        layouts = self._optimizer._layouts[parameter]
+        parts = [(layout, self._gradients.residual(layout)) for layout in layouts]
+        if all(value is None for _, value in parts):
+            return {}
+        owed = torch.zeros_like(parameter, dtype=torch.float32)
+        for layout, value in parts:
+            if value is not None:
+                local = layout.shard.local(owed)
+                local.copy_(value.view(local.shape))
+        return {OWED: owed}
+
+    def owe(self, parameter: nn.Parameter, value: Tensor) -> bool:
+        """Load what is owed; returns whether the codec has a memory for it."""
+        if parameter not in self.plan.hosted:
+            return False
+        return all(
+            [
+                self._gradients.owe(layout, layout.shard.local(value).reshape(-1))
+                for layout in self._optimizer._layouts[parameter]
+            ]
+        )
+
+    def begin(self, *, is_unscaled: bool) -> None:
         """End the step before.
+
+        Args:
+            is_unscaled: Gradients have been changed since backward without a trace.
 
         Raises:
             OffloadError: It has failed; weights and state are those after it.
         """
         self.settle()
         self._gradients.begin()
+        if is_unscaled and self._early is not None:
+            self._early.was_wrong = True
         if self._failure is not None:
             raise OffloadError(
                 f"the step before could not be taken as planned: {self._failure}; it was taken "
                 "without the engine, and weights and state are those after it"
             ) from self._failure
 
+    def skip(self) -> None:
+        """There is no step this time."""
+        self._forget_early(())
+        self._expect()
+
     def update(self, groups: Sequence[Group], factor: Tensor | None) -> None:
         """Step the parts of these groups, which have taken their gradients."""
+        started = time.perf_counter()
         there = [
             (group, [self.memory.twin(part) or part for part in parts]) for group, parts in groups
         ]
-        schedule = self._schedule(groups)
+        schedule = self._scheduled(groups)
+        self._forget_early(schedule.hosted)
         if self._optimizer._READS_MOMENTA:
             self._hosts.gather(schedule.hosted)
         self._optimizer._prepare(there, factor)
@@ -131,11 +189,23 @@ class Engine:
             self._hosts.run(schedule.hosted, functools.partial(bind, host_factor), known)
         self._streams.run(schedule.streamed, functools.partial(bind, factor), begin)
         self._streams.prefetch(schedule.streamed)
+        self._schedule = schedule
+        self._expect()
         for _, parts in groups:
             for part in parts:
                 part.let_go()
+        self._num_steps += 1
+        self._last_s = None
         if not self.overlaps:
             self.wait()
+            self._last_s = time.perf_counter() - started
+
+    def report(self) -> str:
+        """What is where, what crosses the link, and how long a step should take, as a text."""
+        return describe(
+            self.link, self.plan, host_bytes=self.memory.num_bytes, steps=self._num_steps,
+            last_s=self._last_s,
+        )  # fmt: skip
 
     def wait(self, parameters: Collection[nn.Parameter] | None = None) -> None:
         """Return when these weights, or all, are those after the step."""
@@ -157,14 +227,57 @@ class Engine:
         self._each(self._running, Chunk.settle)
         self._running = []
 
-    def close(self) -> None:
-        """End threads, after what is queued."""
+    def release(self) -> None:
+        """Give the optimizer its state back, on the device, and end."""
         self.settle()
+        for hooks in (self._gates, self._early):
+            if hooks is not None:
+                hooks.remove()
+        for parameter in self._optimizer._parameters():
+            if parameter in self._optimizer.state:
+                self.memory.release(parameter, self._optimizer.state[parameter], self._device)
+        self._optimizer.offloaded = None
         for lane in (*self._disk, *self._lanes):
             lane.close()
         self.link.close()
 
-    def _schedule(self, groups: Sequence[Group]) -> Schedule:
+    def _expect(self) -> None:
+        """Other gradients, which may come early."""
+        if self._early is not None and self._schedule is not None:
+            self._early.end()
+            self._missing = {chunk: set(chunk.layouts) for chunk in self._schedule.hosted}
+
+    def _take(self, parameter: nn.Parameter) -> None:
+        """Bring what this gradient completes."""
+        if self._schedule is None or parameter not in self._optimizer.state:
+            return
+        assert parameter.grad is not None
+        batches = self._optimizer._batches
+        for layout, own in zip(
+            self._optimizer._layouts[parameter],
+            self._optimizer._states_of(parameter, self._optimizer.state[parameter]),
+            strict=True,
+        ):
+            part = batches.part(layout, layout.shard.local(parameter), own)
+            part.take(parameter.grad, part.step + 1)
+            for chunk in self._schedule.serving.get(layout, ()):
+                self._missing[chunk].discard(layout)
+                if not self._missing[chunk]:
+                    self._hosts.bring(chunk)
+
+    def _forget_early(self, chunks: Sequence[Chunk]) -> None:
+        """Bring again what is not as it was, and what these are not among."""
+        for chunk in self._schedule.hosted if self._schedule is not None else ():
+            if chunk.arrived is not None and not (
+                chunk in chunks
+                and self._early is not None
+                and all(
+                    self._early.is_as_taken(self._parameters[layout]) for layout in chunk.layouts
+                )
+            ):
+                chunk.arrived = None
+
+    def _scheduled(self, groups: Sequence[Group]) -> Schedule:
         key = tuple(
             (id(part), number, part.step - parts[0].step)
             for number, (_, parts) in enumerate(groups)

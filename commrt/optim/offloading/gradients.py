@@ -74,7 +74,7 @@ class Gradients:
                 return []
             self._sent.add(host.layout)
             seed = self._seed_of(device.layout, device.step)
-            return [self._of(device).encode(device.grad, seed)]
+            return [self._of(device.layout, device.grad).encode(device.grad, seed)]
         return [
             Copy(piece.elements_of(host.grad), piece.elements_of(device.grad).to(host.grad.dtype))
             for piece in pieces
@@ -100,16 +100,17 @@ class Gradients:
         coded = self._coded.get(layout)
         return None if coded is None else coded.residual()
 
-    def load_residual(self, part: Part, value: Tensor) -> None:
-        """Owe this much of a tensor."""
-        self._of(part).load_residual(value, self._seed_of(part.layout, 0))
+    def owe(self, layout: Layout, value: Tensor) -> bool:
+        """Owe this much of a tensor; returns whether that can be."""
+        if not self.is_coded(layout):
+            return not value.count_nonzero()
+        return self._of(layout, value).owe(value, self._seed_of(layout, 0))
 
-    def _of(self, device: Part) -> _Coded:
+    def _of(self, layout: Layout, like: Tensor) -> _Coded:
         assert self.codec is not None
-        if device.layout not in self._coded:
-            weights = device.weights
-            self._coded[device.layout] = _Coded(self.codec, weights.numel(), weights.device)
-        return self._coded[device.layout]
+        if layout not in self._coded:
+            self._coded[layout] = _Coded(self.codec, like.numel(), like.device)
+        return self._coded[layout]
 
 
 class _Coded:
@@ -144,6 +145,7 @@ class _Coded:
         self._codec.decode_residual(self._residual, value)
         return value
 
-    def load_residual(self, value: Tensor, seed: int) -> None:
+    def owe(self, value: Tensor, seed: int) -> bool:
         if self._residual is not None:
-            self._codec.encode_residual(value.contiguous(), self._residual, seed)
+            self._codec.encode_residual(value.float().contiguous(), self._residual, seed)
+        return self._residual is not None

@@ -113,6 +113,14 @@ class Memory:
                 self._mirrors[layout][0].copy_(layout.shard.local(parameter))
         return state
 
+    def release(self, parameter: nn.Parameter, state: State, device: torch.device) -> None:
+        """Copy a parameter's state to a device."""
+        layouts = self._optimizer._layouts[parameter]
+        for layout, own in zip(layouts, self._optimizer._states_of(parameter, state), strict=True):
+            for name, value in own.items():
+                if (layout, name) in self._homes:
+                    own[name] = _like(value, flat(value).to(device, copy=True))
+
     def twin(self, part: Part) -> Part | None:
         """The host's part of the device's, if the host steps it."""
         if part.layout not in self._mirrors:
@@ -150,7 +158,7 @@ def streaming(optimizer: StepOptimizer, layout: Layout, state: State) -> set[str
 
 
 def _like(value: Tensor, home: Tensor) -> Tensor:
-    """A flat tensor of the host in the shape, and with the placements, of another."""
+    """A flat tensor in the shape, and with the placements, of another."""
     if not isinstance(value, DTensor):
         return home.view(value.shape)
     local = home.view(value.to_local().shape)

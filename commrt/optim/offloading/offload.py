@@ -13,7 +13,6 @@ from commrt.errors import ConfigError
 from commrt.optim.base import StepOptimizer
 from commrt.optim.offloading import plan as planning
 from commrt.optim.offloading.engine import Engine
-from commrt.optim.offloading.gates import Gates
 from commrt.optim.offloading.gradients import Gradients
 from commrt.optim.offloading.lanes import Lane, StreamLane, ThreadLane
 from commrt.optim.offloading.link import Link, parse_rate
@@ -107,7 +106,7 @@ def offload(
         if parameter in optimizer.state:
             engine.adopt(parameter, optimizer.state[parameter])
     if model is not None:
-        Gates(model, engine)
+        engine.overlap(model)
     return optimizer
 
 

@@ -21,6 +21,7 @@ from commrt.optim.offloading.chunks import Row
 from commrt.optim.offloading.lanes import Done, Lane, Nothing, until_now
 from commrt.optim.offloading.link import Copies, Mover, copy
 from commrt.optim.parts import Part
+from commrt.optim.sections import Layout
 from commrt.optim.shards import Piece
 
 NUM_SLOTS = 3
@@ -56,6 +57,11 @@ class Chunk(abc.ABC):
     @abc.abstractmethod
     def leaving(self) -> Copies:
         """What has to be copied after it."""
+
+    @property
+    def layouts(self) -> set[Layout]:
+        """Of the tensors that it has rows of."""
+        return {row.part.layout for row in self.rows}
 
     @property
     def rows_there(self) -> Sequence[Row]:

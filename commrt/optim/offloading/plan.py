@@ -68,10 +68,14 @@ class Plan:
     """Which parameters the host steps.
 
     Attributes:
+        loads: Of all parameters.
+        rates: Measured.
         hosted: These; the others stream.
         times_s: Seconds a step, of each of ``up``, ``down``, ``device``, ``host``.
     """
 
+    loads: Sequence[Load]
+    rates: Rates
     hosted: frozenset[nn.Parameter]
     times_s: dict[str, float]
 
@@ -114,6 +118,8 @@ def predict(streamed: Sequence[Load], hosted: Sequence[Load], rates: Rates) -> P
     """The time of a step that is divided like this."""
     state = sum(load.state_bytes for load in streamed)
     return Plan(
+        loads=(*hosted, *streamed),
+        rates=rates,
         hosted=frozenset(load.parameter for load in hosted),
         times_s={
             "up": (state + sum(load.weight_bytes for load in hosted)) / rates.up,

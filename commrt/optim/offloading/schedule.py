@@ -95,7 +95,7 @@ class Schedule:
         for chunk in (*self.streamed, *self.hosted):
             self.due[chunk] = list(self._calls(chunk.rows_there))
         for chunk in (*self.streamed, *self.hosted):
-            for layout in {row.part.layout for row in chunk.rows}:
+            for layout in chunk.layouts:
                 self.serving.setdefault(layout, []).append(chunk)
 
     def _rows(self, parts: Mapping[Part, Any] | Sequence[Part]) -> Iterator[Row]:

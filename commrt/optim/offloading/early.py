@@ -1,0 +1,90 @@
+"""Gradients that come to the host while backward goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from commrt.optim.shards import is_flat
+
+
+class _Seen(NamedTuple):
+    """A gradient as it was: where, and how often it had been changed, as a DTensor and locally."""
+
+    address: int
+    version: int
+    local_version: int
+
+
+def _seen(grad: Tensor) -> _Seen:
+    local = grad.to_local() if isinstance(grad, DTensor) else grad
+    return _Seen(local.data_ptr(), grad._version, local._version)
+
+
+def may_come_early(parameter: nn.Parameter) -> bool:
+    """Whether nothing but this process changes a gradient after it has been accumulated.
+
+    DDP, and who averages gradients by hand, do so without a trace; FSDP2 says when it has.
+    """
+    if is_flat(parameter):
+        return False
+    is_alone = not dist.is_initialized() or dist.get_world_size() == 1
+    return is_alone or isinstance(parameter, DTensor)
+
+
+class Early:
+    """Knows which gradients are final while backward goes on.
+
+    A gradient is taken to be final when it has been accumulated as often as before the last step;
+    whether it was is found out in the step. After one that was not, because gradients are clipped
+    or unscaled in place, all gradients come in the step.
+
+    Args:
+        parameters: For which :func:`may_come_early` holds.
+        take: Called with a parameter whose gradient is final.
+
+    Attributes:
+        was_wrong: Whether a gradient was not final.
+    """
+
+    def __init__(
+        self, parameters: Collection[nn.Parameter], take: Callable[[nn.Parameter], None]
+    ) -> None:
+        self._take = take
+        self._expected: dict[nn.Parameter, int] = {}
+        self._counts: dict[nn.Parameter, int] = {}
+        self._taken: dict[nn.Parameter, _Seen] = {}
+        self.was_wrong = False
+        self._hooks = [p.register_post_accumulate_grad_hook(self._count) for p in parameters]
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def is_as_taken(self, parameter: nn.Parameter) -> bool:
+        """Whether a gradient was taken early, and is still what it was."""
+        taken = self._taken.get(parameter)
+        if taken is None:
+            return False
+        assert parameter.grad is not None
+        is_same = taken == _seen(parameter.grad)
+        self.was_wrong |= not is_same
+        return is_same
+
+    def end(self) -> None:
+        """The step has been taken."""
+        self._expected, self._counts = self._counts, {}
+        self._taken.clear()
+
+    def _count(self, parameter: nn.Parameter) -> None:
+        self._counts[parameter] = count = self._counts.get(parameter, 0) + 1
+        if self.was_wrong or count != self._expected.get(parameter):
+            return
+        assert parameter.grad is not None
+        self._taken[parameter] = _seen(parameter.grad)
+        self._take(parameter)
