@@ -177,12 +177,16 @@ class StepOptimizer(Optimizer):
         return by_shape(shard.shape)
 
     def __getstate__(self) -> dict[str, Any]:
+        if self.offloaded is not None:
+            self.offloaded.settle()
         kept = {name: getattr(self, name) for name in self._KEPT}
         return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._totals, self._batches, self.offloaded = None, self._new_batches(), None
+        self._totals, self._batches = None, self._new_batches()
+        if "momentum_dtype" in state:  # a copy; torch calls this to load a state dict, too
+            self.offloaded = None
 
     def _new_batches(self) -> Batches:
         is_drawn = self.weight_mode == "stochastic"
@@ -374,6 +378,12 @@ class StepOptimizer(Optimizer):
         """Of the tensors that a parameter is, or has in it."""
         tensors: list[State] = state["tensors"] if is_flat(parameter) else [state]
         return tensors
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch does."""
+        if self.offloaded is not None and not set_to_none:
+            self.offloaded.wait()  # a step may still read them
+        super().zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         """As torch does; of flat parameters in the form of AdamW's."""

@@ -62,8 +62,8 @@ def chunks_of(rows: Iterable[Row], slab: Slab, most_bytes: int) -> Iterator[list
         least = row.tensor.block_rows
         while begin < num_rows:
             fitting = num_rows - begin
-            if bytes_per_row * fitting > left:
-                fitting = int(left / bytes_per_row) // least * least
+            if bytes_per_row and bytes_per_row * fitting > left:
+                fitting = int(max(left, 0) / bytes_per_row) // least * least
             if fitting == 0 and chunk:
                 yield chunk
                 chunk, left = [], most_bytes

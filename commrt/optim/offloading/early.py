@@ -69,7 +69,7 @@ class Early:
     def is_as_taken(self, parameter: nn.Parameter) -> bool:
         """Whether a gradient was taken early, and is still what it was."""
         taken = self._taken.get(parameter)
-        if taken is None:
+        if taken is None or self.was_wrong:
             return False
         assert parameter.grad is not None
         is_same = taken == _seen(parameter.grad)

@@ -16,7 +16,7 @@ from commrt.errors import OffloadError
 from commrt.optim.offloading.early import Early, may_come_early
 from commrt.optim.offloading.gates import Gates
 from commrt.optim.offloading.gradients import Gradients
-from commrt.optim.offloading.lanes import Lane, until_now
+from commrt.optim.offloading.lanes import Lane, first_cause, until_now
 from commrt.optim.offloading.link import Copy, Link, Mover, Reading, Writing
 from commrt.optim.offloading.memory import Memory
 from commrt.optim.offloading.pipeline import Chunk, Pipeline, Step, catch_up
@@ -87,7 +87,7 @@ class Engine:
         self._running: list[Chunk] = []
         self._serving: dict[Layout, list[Chunk]] = {}
         self._places: dict[Layout, int] = {}
-        self._failure: Exception | None = None
+        self._failure: BaseException | None = None
         self._gates: Gates | None = None
         self._early: Early | None = None
         self._num_steps = 0
@@ -152,6 +152,10 @@ class Engine:
             OffloadError: It has failed; weights and state are those after it.
         """
         self.settle()
+        try:
+            self._streams.check_prefetched()
+        except Exception as error:  # noqa: BLE001 - raised below
+            self._failure = first_cause(error)
         self._gradients.begin()
         if is_unscaled and self._early is not None:
             self._early.was_wrong = True
@@ -202,6 +206,7 @@ class Engine:
 
     def report(self) -> str:
         """What is where, what crosses the link, and how long a step should take, as a text."""
+        self.settle()
         return describe(
             self.link, self.plan, host_bytes=self.memory.num_bytes, steps=self._num_steps,
             last_s=self._last_s,
@@ -245,7 +250,9 @@ class Engine:
         """Other gradients, which may come early."""
         if self._early is not None and self._schedule is not None:
             self._early.end()
-            self._missing = {chunk: set(chunk.layouts) for chunk in self._schedule.hosted}
+            self._missing = {
+                chunk: {part.layout for part in chunk.parts} for chunk in self._schedule.hosted
+            }
 
     def _take(self, parameter: nn.Parameter) -> None:
         """Bring what this gradient completes."""
@@ -272,7 +279,7 @@ class Engine:
                 chunk in chunks
                 and self._early is not None
                 and all(
-                    self._early.is_as_taken(self._parameters[layout]) for layout in chunk.layouts
+                    self._early.is_as_taken(self._parameters[part.layout]) for part in chunk.parts
                 )
             ):
                 chunk.arrived = None
@@ -326,19 +333,22 @@ class Engine:
             for chunk in chunks:
                 wait_for(chunk)
         except Exception as error:  # noqa: BLE001 - raised by the next step
-            self._recover(error)
+            self._recover(first_cause(error))
 
-    def _recover(self, failure: Exception) -> None:
+    def _recover(self, failure: BaseException) -> None:
         """Take the step to its end in this thread."""
         for chunk in self._running:
             for done in (chunk.ready, chunk.left):
                 with contextlib.suppress(Exception):
                     done.settle()
         self._failure = failure
+        self._schedules.clear()
+        if isinstance(failure, OffloadError):  # a step that is not whole
+            self._running = []
+            raise failure
         try:
             catch_up(self._running)
         except OSError:
             self.memory.leave_the_file()
             catch_up(self._running)
-        self._schedules.clear()
         self._running = []

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from commrt import ops
 from commrt.codecs import BlockCodec, parse
 from commrt.codecs.base import Window
 from commrt.collectives import order
@@ -104,7 +105,7 @@ class Gradients:
         """Owe this much of a tensor; returns whether that can be."""
         if not self.is_coded(layout):
             return not value.count_nonzero()
-        return self._of(layout, value).owe(value, self._seed_of(layout, 0))
+        return self._of(layout, value).owe(value)
 
     def _of(self, layout: Layout, like: Tensor) -> _Coded:
         assert self.codec is not None
@@ -145,7 +146,9 @@ class _Coded:
         self._codec.decode_residual(self._residual, value)
         return value
 
-    def owe(self, value: Tensor, seed: int) -> bool:
-        if self._residual is not None:
-            self._codec.encode_residual(value.float().contiguous(), self._residual, seed)
+    def owe(self, value: Tensor) -> bool:
+        fmt = self._codec.residual_fmt
+        if self._residual is not None and fmt is not None:
+            # Not stochastically, as else: of a payload's own values it makes the payload again.
+            ops.block_encode(value.float().contiguous(), self._residual, fmt)
         return self._residual is not None

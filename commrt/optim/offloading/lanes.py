@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from commrt.collectives import order
+from commrt.errors import CommrtError
 
 Job = Callable[[], "Done | None"]
 """What a lane runs; if it has queued more elsewhere, it returns when that is done."""
@@ -78,11 +79,24 @@ class ThreadLane:
         self._worker.shutdown()
 
 
+class NotBegunError(CommrtError):
+    """A job was not begun, since one that it comes after has failed: the cause."""
+
+
 @torch.no_grad()
 def _run(job: Job, after: Sequence[Done]) -> Done | None:
     for done in after:
-        done.settle()
+        try:
+            done.settle()
+        except Exception as error:  # noqa: BLE001 - goes on as a cause
+            raise NotBegunError from first_cause(error)
     return job()
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """What has failed first."""
+    is_begun = not isinstance(error, NotBegunError)
+    return error if is_begun or error.__cause__ is None else error.__cause__
 
 
 class _OfThread:

@@ -17,15 +17,34 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from commrt.errors import OffloadError
 from commrt.optim.offloading.chunks import Row
 from commrt.optim.offloading.lanes import Done, Lane, Nothing, until_now
 from commrt.optim.offloading.link import Copies, Mover, copy
 from commrt.optim.parts import Part
-from commrt.optim.sections import Layout
 from commrt.optim.shards import Piece
 
 NUM_SLOTS = 3
 Step = Callable[[], None]
+
+
+class Unchanged:
+    """Gradients that a step reads while the training goes on.
+
+    Args:
+        grads: As they are now.
+    """
+
+    def __init__(self, grads: Sequence[Tensor]) -> None:
+        self._grads = [(grad, grad._version) for grad in grads]
+
+    def check(self) -> None:
+        """Raise OffloadError if one has been changed since."""
+        if any(grad._version != version for grad, version in self._grads):
+            raise OffloadError(
+                "a gradient was changed while a step had still to read it: optimizer.offloaded."
+                "wait() must come first; some weights have taken this step and some have not"
+            )
 
 
 class Chunk(abc.ABC):
@@ -36,6 +55,7 @@ class Chunk(abc.ABC):
 
     Attributes:
         rows: Which.
+        brought: The gradients that have been copied, or are being.
         slot: Number of the buffers that it uses.
         ready: When its weights are on the device, after the last step.
     """
@@ -48,6 +68,7 @@ class Chunk(abc.ABC):
         self.arrived: Done | None = None
         self.left: Done = Nothing()
         self.due: Step | None = None
+        self.grads = Unchanged(())
         self.is_stepped = False
 
     @abc.abstractmethod
@@ -59,9 +80,9 @@ class Chunk(abc.ABC):
         """What has to be copied after it."""
 
     @property
-    def layouts(self) -> set[Layout]:
-        """Of the tensors that it has rows of."""
-        return {row.part.layout for row in self.rows}
+    def parts(self) -> set[Part]:
+        """That it has rows of."""
+        return {row.part for row in self.rows}
 
     @property
     def rows_there(self) -> Sequence[Row]:
@@ -83,13 +104,16 @@ class Chunk(abc.ABC):
     def step(self) -> None:
         """Take the step that is due."""
         assert self.due is not None
+        self.grads.check()
         self.due()
+        for part in self.parts:
+            part.write_back()
         self.is_stepped = True
 
     def finish(self) -> None:
         """It has left."""
         self.unpack()
-        self.due, self.is_stepped = None, False
+        self.due, self.is_stepped, self.grads = None, False, Unchanged(())
         self.brought = ()
 
 
@@ -118,9 +142,13 @@ class Pipeline:
         """Copy what a chunk's step needs, if that has not been done."""
         if chunk.arrived is not None:
             return
-        copies = chunk.brought = chunk.arriving()
-        after = (until_now(self._device),) if self._is_hosted else self._take_slot(chunk)
-        chunk.arrived = self._inbound.move(copies, after)
+        copies = chunk.arriving()
+        if not self._is_hosted:
+            chunk.arrived = self._inbound.move(copies, self._take_slot(chunk))
+            return
+        chunk.brought = copies
+        sources = Unchanged([copy.source for copy in copies if isinstance(copy.source, Tensor)])
+        chunk.arrived = self._inbound.move(copies, (until_now(self._device),), sources.check)
 
     def gather(self, chunks: Sequence[Chunk]) -> None:
         """Return when all is there that the steps of these need."""
@@ -142,6 +170,8 @@ class Pipeline:
         for place, chunk in enumerate(chunks):
             chunk.slot = place % NUM_SLOTS
             chunk.due = step(chunk)
+            if not self._is_hosted:
+                chunk.grads = Unchanged([part.grad for part in chunk.parts])
         for chunk in chunks[:ahead]:
             self.bring(chunk)
         for place, chunk in enumerate(chunks):
@@ -153,6 +183,14 @@ class Pipeline:
         """Bring what the next step of these begins with."""
         for chunk in chunks[:NUM_SLOTS]:
             self.bring(chunk)
+
+    def check_prefetched(self) -> None:
+        """Return when what was prefetched is there; raise if it cannot be."""
+        for chunk in self._last:
+            if chunk is not None and chunk.arrived is not None:
+                arrived, chunk.arrived = chunk.arrived, None
+                arrived.settle()
+                chunk.arrived = arrived
 
     def _take_slot(self, chunk: Chunk) -> tuple[Done, ...]:
         """When the chunk's slot is free for it."""

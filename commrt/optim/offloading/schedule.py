@@ -95,8 +95,8 @@ class Schedule:
         for chunk in (*self.streamed, *self.hosted):
             self.due[chunk] = list(self._calls(chunk.rows_there))
         for chunk in (*self.streamed, *self.hosted):
-            for layout in chunk.layouts:
-                self.serving.setdefault(layout, []).append(chunk)
+            for part in chunk.parts:
+                self.serving.setdefault(part.layout, []).append(chunk)
 
     def _rows(self, parts: Mapping[Part, Any] | Sequence[Part]) -> Iterator[Row]:
         for part in parts:
