@@ -374,6 +374,12 @@ class StepOptimizer(Optimizer):
         step = {"step": torch.tensor(0.0)}
         return {**step, "tensors": parts} if is_flat(parameter) else {**step, **parts[0]}
 
+    def _kept_of(self, parameter: nn.Parameter) -> Iterator[tuple[Layout, State]]:
+        """The state that there is of each of a parameter's tensors."""
+        if parameter in self.state:
+            states = self._states_of(parameter, self.state[parameter])
+            yield from zip(self._layouts[parameter], states, strict=True)
+
     def _states_of(self, parameter: nn.Parameter, state: State) -> list[State]:
         """Of the tensors that a parameter is, or has in it."""
         tensors: list[State] = state["tensors"] if is_flat(parameter) else [state]
@@ -429,7 +435,7 @@ class StepOptimizer(Optimizer):
             StateError: A tensor has another shape or dtype than this optimizer's would have.
         """
         loaded: dict[nn.Parameter, State] = {}
-        seconds: dict[Layout, tuple[Tensor, Tensor]] = {}
+        seconds: dict[Layout, Tensor] = {}
 
         def take_state(_: Optimizer, final: dict[str, Any]) -> dict[str, Any]:
             """Torch would cast it."""
@@ -453,7 +459,7 @@ class StepOptimizer(Optimizer):
         self,
         parameter: nn.Parameter,
         given: Mapping[str, Any],
-        seconds: dict[Layout, tuple[Tensor, Tensor]],
+        seconds: dict[Layout, Tensor],
     ) -> State:
         new = self._new_state(parameter, parameter.device)
         if OWED in given:
@@ -468,7 +474,7 @@ class StepOptimizer(Optimizer):
             )
             second = self._FORMS.load(layout, own, state)
             if second is not None:
-                seconds[layout] = flat(own["exp_avg_sq"]), second
+                seconds[layout] = second
         new["step"] = torch.as_tensor(given["step"]).to("cpu", torch.float32, copy=True)
         return new
 
@@ -480,15 +486,17 @@ class StepOptimizer(Optimizer):
                 stacklevel=4,
             )
 
-    def _finish_loading(self, seconds: Mapping[Layout, tuple[Tensor, Tensor]]) -> None:
+    def _finish_loading(self, seconds: Mapping[Layout, Tensor]) -> None:
         """Find the second moments of blocks that are in several ranks, of AdamW's."""
         if not seconds and not any(map(is_flat, self._parameters())):
             return
         with torch.no_grad():
             totals = self._agreed_totals()
-            totals.average({layout: value for layout, (_, value) in seconds.items()})
-            for layout, (second, _) in seconds.items():
-                totals.update_second(layout, second, 0.0, None)
+            totals.average(seconds)
+            for parameter in self._parameters():
+                for layout, own in self._kept_of(parameter):
+                    if layout in seconds:
+                        totals.update_second(layout, flat(own["exp_avg_sq"]), 0.0, None)
 
     def state_bytes_of(self, parameter: nn.Parameter) -> int:
         """Bytes of the state that this rank has of a parameter, or will have after a step."""

@@ -152,7 +152,7 @@ class Recorder(TorchDispatchMode):
         for tensor in _tensors((args, kwargs)):
             self._remember(tensor)
         result = func(*args, **kwargs)
-        if _is_view(func):
+        if _is_view(func) or any(tensor.is_meta for tensor in _tensors(result)):
             return result
         stream = self.current
         for tensor in _tensors(result):
@@ -216,7 +216,7 @@ class Recorder(TorchDispatchMode):
 
     def _remember(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._before:
+        if not tensor.is_meta and storage.data_ptr() not in self._before:
             flat = torch.empty(0, dtype=torch.uint8).set_(storage)
             self._before[storage.data_ptr()] = storage, flat.clone()
 

@@ -5,24 +5,35 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from commrt.optim.offloading.checksums import checksum, differ
 from commrt.optim.shards import is_flat
 
 
 class _Seen(NamedTuple):
-    """A gradient as it was: where, and how often it had been changed, as a DTensor and locally."""
+    """A gradient as it was.
+
+    Attributes:
+        address: Where.
+        version: How often it had been changed.
+        checksum: Of a DTensor, whose versions do not count what is done to several at once.
+    """
 
     address: int
     version: int
-    local_version: int
+    checksum: Tensor
 
 
+@torch.no_grad()
 def _seen(grad: Tensor) -> _Seen:
-    local = grad.to_local() if isinstance(grad, DTensor) else grad
-    return _Seen(local.data_ptr(), grad._version, local._version)
+    if not isinstance(grad, DTensor):
+        return _Seen(grad.data_ptr(), grad._version, torch.zeros((), dtype=torch.int64))
+    local = grad.to_local()
+    return _Seen(local.data_ptr(), grad._version, checksum(local))
 
 
 def may_come_early(parameter: nn.Parameter) -> bool:
@@ -66,15 +77,20 @@ class Early:
         for hook in self._hooks:
             hook.remove()
 
-    def is_as_taken(self, parameter: nn.Parameter) -> bool:
-        """Whether a gradient was taken early, and is still what it was."""
-        taken = self._taken.get(parameter)
-        if taken is None or self.was_wrong:
-            return False
-        assert parameter.grad is not None
-        is_same = taken == _seen(parameter.grad)
-        self.was_wrong |= not is_same
-        return is_same
+    def unchanged(self) -> set[nn.Parameter]:
+        """Whose gradients were taken early, and are still what they were."""
+        now = {p: _seen(p.grad) for p in self._taken if p.grad is not None}
+        pairs = [(p, self._taken[p], now[p]) for p in now]
+        if not pairs or self.was_wrong:
+            return set()
+        others = differ([(a.checksum, b.checksum) for _, a, b in pairs])
+        same = {
+            p
+            for (p, a, b), is_other in zip(pairs, others, strict=True)
+            if a[:2] == b[:2] and not is_other
+        }
+        self.was_wrong = len(same) < len(self._taken)
+        return same
 
     def end(self) -> None:
         """The step has been taken."""

@@ -81,7 +81,9 @@ class Engine:
             inbound, outbound = self._disk
         self._streams = Pipeline(inbound, on_device, outbound, link.device, is_hosted=False)
         self._hosts = Pipeline(link.down, on_host, link.up, link.device, is_hosted=True)
-        self.memory = Memory(optimizer, plan.hosted, gradients, link.device, folder)
+        self.memory = Memory(
+            optimizer, plan.hosted, gradients, link.device, folder, sends_patches=is_patched
+        )
         self._host_factor = torch.empty((), pin_memory=not link.is_emulated)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._running: list[Chunk] = []
@@ -115,7 +117,9 @@ class Engine:
     def adopt(self, parameter: nn.Parameter, state: State) -> State:
         """A parameter's state, kept in host memory from now on."""
         self.settle()
+        self._forget_early(())
         self._schedules.clear()
+        self._schedule = None
         return self.memory.adopt(parameter, state)
 
     def owed(self, parameter: nn.Parameter) -> State:
@@ -151,7 +155,8 @@ class Engine:
         Raises:
             OffloadError: It has failed; weights and state are those after it.
         """
-        self.settle()
+        self._each(self._running, Chunk.wait)
+        self._running = []
         try:
             self._streams.check_prefetched()
         except Exception as error:  # noqa: BLE001 - raised below
@@ -182,13 +187,16 @@ class Engine:
             self._hosts.gather(schedule.hosted)
         self._optimizer._prepare(there, factor)
         begin = until_now(self._device)
+        if factor is not None:
+            self._lanes[0].uses([factor])
         self._running = [*schedule.hosted, *schedule.streamed]
         self._serving = schedule.serving
         bind = functools.partial(self._bind, schedule, self._options(groups))
         if schedule.hosted:
-            known = begin
+            copies = self.memory.stale([part for _, parts in groups for part in parts])
             if factor is not None:
-                known = self.link.down.move([Copy(self._host_factor, factor)], (begin,))
+                copies.append(Copy(self._host_factor, factor))
+            known = self.link.down.move(copies, (until_now(self._device),)) if copies else begin
             host_factor = None if factor is None else self._host_factor
             self._hosts.run(schedule.hosted, functools.partial(bind, host_factor), known)
         self._streams.run(schedule.streamed, functools.partial(bind, factor), begin)
@@ -239,8 +247,7 @@ class Engine:
             if hooks is not None:
                 hooks.remove()
         for parameter in self._optimizer._parameters():
-            if parameter in self._optimizer.state:
-                self.memory.release(parameter, self._optimizer.state[parameter], self._device)
+            self.memory.release(parameter, self._device)
         self._optimizer.offloaded = None
         for lane in (*self._disk, *self._lanes):
             lane.close()
@@ -256,15 +263,11 @@ class Engine:
 
     def _take(self, parameter: nn.Parameter) -> None:
         """Bring what this gradient completes."""
-        if self._schedule is None or parameter not in self._optimizer.state:
+        if self._schedule is None:
             return
         assert parameter.grad is not None
         batches = self._optimizer._batches
-        for layout, own in zip(
-            self._optimizer._layouts[parameter],
-            self._optimizer._states_of(parameter, self._optimizer.state[parameter]),
-            strict=True,
-        ):
+        for layout, own in self._optimizer._kept_of(parameter):
             part = batches.part(layout, layout.shard.local(parameter), own)
             part.take(parameter.grad, part.step + 1)
             for chunk in self._schedule.serving.get(layout, ()):
@@ -274,14 +277,17 @@ class Engine:
 
     def _forget_early(self, chunks: Sequence[Chunk]) -> None:
         """Bring again what is not as it was, and what these are not among."""
-        for chunk in self._schedule.hosted if self._schedule is not None else ():
-            if chunk.arrived is not None and not (
-                chunk in chunks
-                and self._early is not None
-                and all(
-                    self._early.is_as_taken(self._parameters[part.layout]) for part in chunk.parts
-                )
-            ):
+        brought = [
+            chunk
+            for chunk in (self._schedule.hosted if self._schedule is not None else ())
+            if chunk.arrived is not None
+        ]
+        if not brought or self._early is None:
+            return
+        unchanged = self._early.unchanged()
+        for chunk in brought:
+            is_right = all(self._parameters[part.layout] in unchanged for part in chunk.parts)
+            if chunk not in chunks or not is_right:
                 chunk.arrived = None
 
     def _scheduled(self, groups: Sequence[Group]) -> Schedule:

@@ -52,6 +52,10 @@ class Gates:
             self._root.register_forward_hook(self._after_all),
             self._root.register_state_dict_pre_hook(lambda *_: steps.wait()),
         ]
+        # FSDP's own, which gathers weights, has been there before.
+        before = self._root._state_dict_pre_hooks
+        for earlier in [id_ for id_ in before if id_ != hooks[-1].id]:
+            before[earlier] = before.pop(earlier)
         for layer, parameters in self._layers.items():
             if layer is not self._root:
                 hooks.append(

@@ -149,6 +149,6 @@ class _Coded:
     def owe(self, value: Tensor) -> bool:
         fmt = self._codec.residual_fmt
         if self._residual is not None and fmt is not None:
-            # Not stochastically, as else: of a payload's own values it makes the payload again.
+            # Not stochastically, as else: the values are nearly those of a payload.
             ops.block_encode(value.float().contiguous(), self._residual, fmt)
         return self._residual is not None

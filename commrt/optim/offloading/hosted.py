@@ -10,6 +10,7 @@ from commrt import ops
 from commrt.optim.offloading.chunks import Row
 from commrt.optim.offloading.gradients import Gradients
 from commrt.optim.offloading.link import Copies, Copy
+from commrt.optim.offloading.memory import Memory
 from commrt.optim.offloading.pipeline import Chunk
 from commrt.optim.offloading.slab import aligned
 from commrt.optim.parts import Part
@@ -23,13 +24,18 @@ class HostedChunk(Chunk):
         rows: Of the host's parts.
         twins: The device's part of each.
         gradients: Brings them.
+        memory: Of the host.
     """
 
     def __init__(
-        self, rows: Sequence[Row], twins: Mapping[Part, Part], gradients: Gradients
+        self,
+        rows: Sequence[Row],
+        twins: Mapping[Part, Part],
+        gradients: Gradients,
+        memory: Memory,
     ) -> None:
         super().__init__(rows)
-        self._twins, self._gradients = twins, gradients
+        self._twins, self._gradients, self._memory = twins, gradients, memory
         self._coded = [row for row in rows if gradients.is_coded(row.part.layout)]
 
     @property
@@ -77,8 +83,9 @@ class HostedChunk(Chunk):
 
     def unpack(self) -> None:
         """See :class:`Chunk`."""
-        for _, device in self._both():
+        for row, device in self._both():
             device.write_back()
+            self._memory.went(device, row.piece.elements_of(device.weights))
 
     def _both(self) -> Iterator[tuple[Row, Part]]:
         for row in self.rows:
@@ -88,11 +95,7 @@ class HostedChunk(Chunk):
 class PatchedChunk(HostedChunk):
     """Rows of which only the bits go back that have changed."""
 
-    def __init__(
-        self, rows: Sequence[Row], twins: Mapping[Part, Part], gradients: Gradients
-    ) -> None:
-        super().__init__(rows, twins, gradients)
-        self._patches: list[tuple[int, int]] = []
+    _patches: Sequence[tuple[int, int]] = ()
 
     @property
     def slot_bytes(self) -> int:

@@ -135,7 +135,8 @@ class StreamLane:
     def uses(self, tensors: Sequence[Tensor]) -> None:
         """See :class:`Lane`."""
         for tensor in tensors:
-            tensor.record_stream(self._stream)
+            if order.is_queued(tensor.device):
+                tensor.record_stream(self._stream)
 
     def close(self) -> None:
         """See :class:`Lane`."""

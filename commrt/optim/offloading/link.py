@@ -131,8 +131,8 @@ class Direction:
         """See :class:`Mover`; of tensors."""
         num_bytes = sum(one.num_bytes for one in copies)
         self.num_bytes += num_bytes
-        tensors = [end for one in copies for end in (one.to, one.source)]
-        self._lane.uses([end for end in tensors if isinstance(end, Tensor) and end.is_cuda])
+        ends = [end for one in copies for end in (one.to, one.source)]
+        self._lane.uses([end for end in ends if isinstance(end, Tensor)])
 
         def carry() -> None:
             begin = time.perf_counter()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from commrt.optim.offloading.checksums import checksum, differ
 from commrt.optim.offloading.gradients import Gradients
+from commrt.optim.offloading.link import Copy
 from commrt.optim.offloading.slab import Slab
 from commrt.optim.parts import Part, State, flat
 from commrt.optim.sections import Layout
@@ -23,6 +25,20 @@ if TYPE_CHECKING:
 _LEAST_MOVED_NUMEL = 1024
 
 
+class Mirror(NamedTuple):
+    """The host's copies of a tensor that it steps.
+
+    Attributes:
+        weights: Shaped like the device's.
+        grad: Flat.
+        checksum: Of the device's weights after the last step, on the device.
+    """
+
+    weights: Tensor
+    grad: Tensor
+    checksum: Tensor
+
+
 class Memory:
     """Cut for all that will be kept, before there is any of it.
 
@@ -33,6 +49,7 @@ class Memory:
         gradients: Brings them to the host.
         device: Of the parameters.
         folder: Keep the state in a file there.
+        sends_patches: Whether weights go to the device as differences from what is there.
 
     Attributes:
         slab: Has the state.
@@ -49,7 +66,10 @@ class Memory:
         gradients: Gradients,
         device: torch.device,
         folder: Path | None,
+        *,
+        sends_patches: bool,
     ) -> None:
+        self._sends_patches = sends_patches
         self._optimizer, self._hosted = optimizer, hosted
         self._kept = list(self._wanted())
         self.slab = Slab(Slab.bytes_for([like for _, _, like in self._kept]), device, folder)
@@ -66,14 +86,14 @@ class Memory:
             if not gradients.is_coded(layout)
         ]
         copies = Slab(Slab.bytes_for([*grads, *(weights for _, weights in mirrored)]), device)
-        self._mirrors: dict[Layout, tuple[Tensor, Tensor]] = {}
+        self._mirrors: dict[Layout, Mirror] = {}
         self._parts: dict[Layout, Part] = {}
         for layout, weights in mirrored:
             mirror = grad = copies.cut(weights.shape, weights.dtype)
             if not gradients.is_coded(layout):  # else it is never here whole
                 grad = copies.cut(weights.shape, gradients.dtype(weights.dtype))
-            self._mirrors[layout] = mirror, grad.view(-1)
-
+            known = torch.zeros((), dtype=torch.int64, device=device)
+            self._mirrors[layout] = Mirror(mirror, grad.view(-1), known)
         self.num_bytes = copies.memory.numel() + (0 if folder else self.slab.memory.numel())
 
     def _cut(self) -> dict[tuple[Layout, str], Tensor]:
@@ -87,14 +107,7 @@ class Memory:
         self.slab.leave_the_file()
         self._homes = self._cut()
         for parameter in self._optimizer._parameters():
-            if parameter not in self._optimizer.state:
-                continue
-            state = self._optimizer.state[parameter]
-            for layout, own in zip(
-                self._optimizer._layouts[parameter],
-                self._optimizer._states_of(parameter, state),
-                strict=True,
-            ):
+            for layout, own in self._optimizer._kept_of(parameter):
                 for name, value in own.items():
                     if (layout, name) in self._homes:
                         own[name] = _like(value, self._homes[layout, name])
@@ -110,13 +123,41 @@ class Memory:
                     home.copy_(flat(value))
                     own[name] = _like(value, home)
             if layout in self._mirrors:
-                self._mirrors[layout][0].copy_(layout.shard.local(parameter))
+                weights, mirror = layout.shard.local(parameter), self._mirrors[layout]
+                mirror.weights.copy_(weights)
+                mirror.checksum.copy_(checksum(weights))
         return state
 
-    def release(self, parameter: nn.Parameter, state: State, device: torch.device) -> None:
+    def stale(self, parts: Sequence[Part]) -> list[Copy]:
+        """Weights that others have changed on the device since the last step: to be copied again.
+
+        Not those that are rounded from a master copy, as in a step without the engine.
+        """
+        hosted = [part for part in parts if part.layout in self._mirrors]
+        if not self._sends_patches:
+            hosted = [part for part in hosted if "master" not in part.given]
+        mirrors = [self._mirrors[part.layout] for part in hosted]
+        pairs = [
+            (mirror.checksum, checksum(part.weights))
+            for part, mirror in zip(hosted, mirrors, strict=True)
+        ]
+        copies = [
+            Copy(mirror.weights.view(-1), part.weights)
+            for part, mirror, is_other in zip(hosted, mirrors, differ(pairs), strict=True)
+            if is_other
+        ]
+        for mirror in mirrors:
+            mirror.checksum.zero_()
+        return copies
+
+    def went(self, part: Part, weights: Tensor) -> None:
+        """Some of a part's weights have come to the device."""
+        if self._sends_patches or "master" not in part.given:
+            self._mirrors[part.layout].checksum.add_(checksum(weights))
+
+    def release(self, parameter: nn.Parameter, device: torch.device) -> None:
         """Copy a parameter's state to a device."""
-        layouts = self._optimizer._layouts[parameter]
-        for layout, own in zip(layouts, self._optimizer._states_of(parameter, state), strict=True):
+        for layout, own in self._optimizer._kept_of(parameter):
             for name, value in own.items():
                 if (layout, name) in self._homes:
                     own[name] = _like(value, flat(value).to(device, copy=True))
@@ -125,12 +166,12 @@ class Memory:
         """The host's part of the device's, if the host steps it."""
         if part.layout not in self._mirrors:
             return None
-        weights, grad = self._mirrors[part.layout]
+        mirror = self._mirrors[part.layout]
         twin = self._parts.get(part.layout)
-        if twin is None or not twin.is_of(weights, part.given):
-            twin = Part(part.layout, weights, part.given, stochastic=part.stochastic)
+        if twin is None or not twin.is_of(mirror.weights, part.given):
+            twin = Part(part.layout, mirror.weights, part.given, stochastic=part.stochastic)
             self._parts[part.layout] = twin
-        twin.grad, twin.step = grad, part.step
+        twin.grad, twin.step = mirror.grad, part.step
         return twin
 
     def _wanted(self) -> Iterator[tuple[Layout, str, Tensor]]:

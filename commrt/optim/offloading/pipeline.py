@@ -96,6 +96,11 @@ class Chunk(abc.ABC):
     def unpack(self) -> None:  # noqa: B027 - most have nothing to do
         """What the device has to do with what left."""
 
+    def wait(self) -> None:
+        """What this thread gives its device from now on comes after all of its step."""
+        self.ready.wait()
+        self.left.wait()
+
     def settle(self) -> None:
         """Return when it has left."""
         self.ready.settle()
@@ -143,12 +148,13 @@ class Pipeline:
         if chunk.arrived is not None:
             return
         copies = chunk.arriving()
+        now = until_now(self._device)
         if not self._is_hosted:
-            chunk.arrived = self._inbound.move(copies, self._take_slot(chunk))
+            chunk.arrived = self._inbound.move(copies, (now, *self._take_slot(chunk)))
             return
         chunk.brought = copies
         sources = Unchanged([copy.source for copy in copies if isinstance(copy.source, Tensor)])
-        chunk.arrived = self._inbound.move(copies, (until_now(self._device),), sources.check)
+        chunk.arrived = self._inbound.move(copies, (now,), sources.check)
 
     def gather(self, chunks: Sequence[Chunk]) -> None:
         """Return when all is there that the steps of these need."""
@@ -171,7 +177,9 @@ class Pipeline:
             chunk.slot = place % NUM_SLOTS
             chunk.due = step(chunk)
             if not self._is_hosted:
-                chunk.grads = Unchanged([part.grad for part in chunk.parts])
+                grads = [part.grad for part in chunk.parts]
+                chunk.grads = Unchanged(grads)
+                self._lane.uses(grads)
         for chunk in chunks[:ahead]:
             self.bring(chunk)
         for place, chunk in enumerate(chunks):
@@ -185,11 +193,11 @@ class Pipeline:
             self.bring(chunk)
 
     def check_prefetched(self) -> None:
-        """Return when what was prefetched is there; raise if it cannot be."""
+        """Wait for what was prefetched; raise if it cannot be had."""
         for chunk in self._last:
             if chunk is not None and chunk.arrived is not None:
                 arrived, chunk.arrived = chunk.arrived, None
-                arrived.settle()
+                arrived.wait()
                 chunk.arrived = arrived
 
     def _take_slot(self, chunk: Chunk) -> tuple[Done, ...]:

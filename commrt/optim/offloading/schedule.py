@@ -87,7 +87,7 @@ class Schedule:
         ]
         kind = PatchedChunk if is_patched else HostedChunk
         self.hosted = [
-            kind(rows, self._twins, gradients)
+            kind(rows, self._twins, gradients, memory)
             for rows in chunks_of(self._rows(self._twins), memory.slab, chunk_bytes)
         ]
         _give_slots(self.streamed, device, has_file=memory.slab.is_file)

@@ -74,12 +74,12 @@ class Slab:
         return sum(aligned(tensor.numel() * tensor.element_size()) for tensor in tensors)
 
     def cut(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The next tensor."""
+        """The next tensor, whose storage begins with it: a copy of it is not one of all."""
         num_bytes = math.prod(shape) * dtype.itemsize
-        part = self.memory[self._used : self._used + num_bytes]
+        part = self.memory.numpy()[self._used : self._used + num_bytes]
         self._used += aligned(num_bytes)
         assert self._used <= self.memory.numel()
-        return part.view(dtype).view(tuple(shape))
+        return torch.from_numpy(part).view(dtype).view(tuple(shape))
 
     def range_of(self, tensor: Tensor) -> tuple[int, int] | None:
         """Where a contiguous tensor begins and ends in it, if it is in it."""
