@@ -67,6 +67,7 @@ OPTIMIZERS = {
 }
 MOMENTA = ("fp32", "bf16", "int8")
 
+OFFLOAD = ("stream", "cpu", "auto")
 PARALLEL = ("ddp", "fsdp1", "fsdp2", "hsdp")
 
 
@@ -94,6 +95,8 @@ class TrainConfig:
     seq_len: Annotated[int, "bytes a sequence (default: the preset's)"]
     optim: Annotated[str, f"optimizer: {', '.join(OPTIMIZERS)}"] = "adamw"
     momentum: Annotated[str | None, "its first moment: fp32, bf16, int8 (default: its own)"] = None
+    offload: Annotated[str | None, f"its state in host memory: {', '.join(OFFLOAD)}"] = None
+    link_rate: Annotated[str | None, "emulated link to the host, as 12GB/s, with offload"] = None
     lr: Annotated[float, "peak learning rate (default: the preset's, times the optimizer's)"]
     warmup: Annotated[int, "steps of linear warm-up"] = 100
     weight_decay: Annotated[float, "decay of matrices; vectors are never decayed"] = 0.1
@@ -152,6 +155,9 @@ class TrainConfig:
         self._require("momentum", self.momentum in (None, *MOMENTA), ", ".join(MOMENTA))
         if self.optim == "adamw":
             self._require("momentum", self.momentum is None, "unset with optim=adamw")
+        self._require("offload", self.offload in (None, *OFFLOAD), ", ".join(OFFLOAD))
+        if self.link_rate is not None:
+            self._require("link_rate", self.offload is not None, "unset without offload")
         self._require("parallel", self.parallel in PARALLEL, ", ".join(PARALLEL))
         if self.parallel == "hsdp":
             self._require("hierarchy", self.hierarchy >= 1, "at least 1 with parallel=hsdp")

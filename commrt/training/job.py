@@ -79,7 +79,7 @@ def _train(trainer: Trainer, reporter: Reporter, stop: StopRequest) -> int:
         return stop.exit_code
     if dist.get_rank() == 0:
         results = _results(config, trainer)
-        reporter.finish({**config.to_dict(), **environment, **results}, trainer.comm.report())
+        reporter.finish({**config.to_dict(), **environment, **results}, trainer.report())
     return 0
 
 

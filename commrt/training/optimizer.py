@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+import typing
 from typing import Any
 
 import torch
 from torch import nn
 
-from commrt.optim import AdamMini, AdamW8bit, Adan, Lion, MoFO
+from commrt.optim import AdamMini, AdamW8bit, Adan, Lion, MoFO, StepOptimizer, offload
+from commrt.optim.offloading.offload import Mode
 from commrt.training.config import TrainConfig
 
 _FINAL_SHARE = 0.1
 _BETAS = (0.9, 0.95)
 _KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    # Of AdamW's rule, where its state is offloaded.
+    "adamw": (AdamW8bit, {"betas": _BETAS, "momentum_dtype": "fp32"}),
     "adam-mini": (AdamMini, {"betas": _BETAS}),
     "adamw8": (AdamW8bit, {"betas": _BETAS}),
     "lion": (Lion, {}),
@@ -48,12 +52,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         {"params": matrices, "weight_decay": config.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    if config.optim == "adamw":
+    if config.optim == "adamw" and config.offload is None:
         return torch.optim.AdamW(groups, lr=config.lr, betas=_BETAS, fused=True)
     kind, options = _KINDS[config.optim]
     if config.momentum is not None:
         options = {**options, "momentum_dtype": config.momentum}
-    optimizer: torch.optim.Optimizer = kind(
+    optimizer: StepOptimizer = kind(
         groups,
         lr=config.lr,
         model=model,
@@ -61,4 +65,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
         seed=config.seed % 2**31,
         **options,
     )
+    if config.offload is not None:
+        mode = typing.cast(Mode, config.offload)
+        offload(optimizer, mode, model=model, link_rate=config.link_rate)
     return optimizer

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from commrt.errors import StateError
+from commrt.optim import StepOptimizer
 from commrt.training import checkpoint, parallel
 from commrt.training.checkpoint import Checkpoint
 from commrt.training.config import TrainConfig
@@ -20,7 +21,7 @@ from commrt.training.optimizer import learning_rate, make_optimizer
 # learning rate schedule, on purpose.
 _FREE_FIELDS = {
     "steps", "data", "out", "resume", "device", "timeout_s", "eval_every", "eval_windows",
-    "checkpoint_every", "log_every", "tensorboard", "no_progress",
+    "checkpoint_every", "log_every", "tensorboard", "no_progress", "offload", "link_rate",
 }  # fmt: skip
 
 
@@ -84,7 +85,7 @@ class Trainer:
         logits = self.wrapped(inputs.to(self.device))
         loss = next_byte_losses(logits, targets.to(self.device)).mean()
         loss.backward()
-        if config.clip and config.optim == "adamw":  # the others clip as they step
+        if config.clip and not isinstance(self.optimizer, StepOptimizer):  # they clip as they step
             parallel.clip_gradients(self.wrapped, config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.step, config)
@@ -116,6 +117,12 @@ class Trainer:
         # Ranks fill different entries of zeros, so this sum is exact in any order.
         dist.all_reduce(losses)
         return float(losses.mean())
+
+    def report(self) -> str:
+        """What was sent, and what the state of the optimizer took."""
+        offloaded = getattr(self.optimizer, "offloaded", None)
+        own = "" if offloaded is None else f"\n\nstate of the optimizer\n{offloaded.report()}"
+        return self.comm.report() + own
 
     def save(self) -> Path:
         """Writes a checkpoint into the run's folder and returns it. Ranks: all must call."""

@@ -114,6 +114,20 @@ def test_an_optimizer_goes_on_as_another_kind(options, tmp_path):
         assert losses(then["out"]) == pytest.approx(expected[4:], rel=1e-4)
 
 
+def test_an_offloaded_run_is_the_run(options, tmp_path):
+    """Also when it goes on from a checkpoint of a run whose state was elsewhere."""
+    options |= {"optim": "adam-mini", "momentum": "int8", "clip": 0.1}
+    run_ranks(train, options, world_size=2, timeout_s=TIMEOUT_S)
+    expected, folder = losses(options["out"]), options["out"]
+    for mode in ("stream", "cpu"):
+        run = options | {"offload": mode, "link_rate": "100MB/s", "out": tmp_path / mode}
+        again = run | {"resume": folder / "step_0000003", "out": tmp_path / f"{mode}-again"}
+        run_ranks(train, run, again, world_size=2, timeout_s=TIMEOUT_S)
+        assert losses(run["out"]) == expected
+        assert losses(again["out"]) == expected[4:]
+        folder = run["out"]
+
+
 def test_the_same_ranks_as_another_kind(options, tmp_path):
     """Whose states then are those of all ranks, not each rank's own."""
     run_ranks(train, options | {"steps": 3}, world_size=2, timeout_s=TIMEOUT_S)
