@@ -236,7 +236,10 @@ class StepOptimizer(Optimizer):
     def _step(self) -> None:
         found_inf, scale = (getattr(self, name, None) for name in ("found_inf", "grad_scale"))
         if self.offloaded is not None:
-            self.offloaded.begin(is_unscaled=found_inf is not None and scale is None)
+            self.offloaded.begin(
+                is_unscaled=found_inf is not None and scale is None,
+                is_scaled=found_inf is not None,
+            )
         groups = [(group, list(self._parts_of(group))) for group in self.param_groups]
         totals = self._agreed_totals()
         totals.sum({part.layout: part.grad for _, some in groups for part in some}, found_inf)

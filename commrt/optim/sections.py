@@ -88,6 +88,11 @@ class Layout:
         elif blocks.axis == "column":
             self.columns = tuple(_column_sections(shard, blocks, self.pieces))
 
+    @property
+    def is_apart(self) -> bool:
+        """Whether its step needs nothing of other tensors, ranks, or sums over its rows."""
+        return all(section.is_whole for section in self.sections) and not self.columns
+
     def block_numel(self, block_B: Tensor) -> Tensor:
         """Elements of blocks of the whole tensor, int64."""
         sizes, counts = [], []

@@ -443,7 +443,7 @@ def test_a_copy_that_fails(mode, at, overlaps):
     run = made("adam-mini int8", mode, overlaps=overlaps, **options)
     train(*expected, 3)
     train(*run, 2)
-    run[1].offloaded.begin(is_unscaled=False)
+    run[1].offloaded.begin()
     calls, copies = [], links.Direction._wait_for_the_link
 
     def fail(*args):
@@ -630,3 +630,53 @@ def test_gradients_that_change_too_early(mode):
         parameter.grad.zero_()
     with pytest.raises(OffloadError, match="a gradient was changed while a step had still"):
         backward(model, 2)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "adam-mini int8", "lion"])
+def test_steps_in_backward(kind):
+    """With two backwards a step, rates that change, and an embedding that is tied."""
+
+    def run(in_backward):
+        model, optimizer = made(kind)
+        optimizer.max_grad_norm = None
+        if in_backward:
+            offload(optimizer, "stream", model=model, chunk_bytes=CHUNK, in_backward=True)
+        begun = []
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.8**step)
+        losses = []
+        for step in range(6):
+            for micro in range(2):
+                losses.append(backward(model, 2 * step + micro).item())
+            begun.append(0 if optimizer.offloaded is None else len(optimizer.offloaded._begun))
+            optimizer.step()
+            optimizer.zero_grad()
+            scheduler.step()
+        return (model, optimizer), losses, begun
+
+    expected, losses, _ = run(False)
+    with jitter(3):
+        found, other_losses, begun = run(True)
+    assert losses == other_losses
+    assert_same_run(found, expected)
+    assert begun[0] == 0
+    assert min(begun[2:]) >= len(found[1].offloaded._schedule.streamed) - 1
+
+
+def test_what_may_not_be_between_backward_and_step():
+    for change in (
+        lambda model, optimizer: nn.utils.clip_grad_norm_(model.parameters(), 0.1),
+        lambda model, optimizer: optimizer.param_groups[0].update(lr=1.0),
+        lambda model, optimizer: backward(model, 9),
+        lambda model, optimizer: setattr(model.blocks[0].up.weight, "grad", None),
+    ):
+        model = gpt()
+        optimizer = AdamMini(model, lr=1e-3)
+        offload(optimizer, "stream", model=model, chunk_bytes=CHUNK, in_backward=True)
+        train(model, optimizer, 3)
+        backward(model, 3)
+        change(model, optimizer)
+        with pytest.raises(OffloadError, match=r"they must not be|must come first"):
+            optimizer.step()
+    model, optimizer = made("adam-mini")
+    with pytest.raises(ConfigError, match=r"max_grad_norm=0.5: must be stream, with a model"):
+        offload(optimizer, "stream", model=model, in_backward=True)

@@ -25,13 +25,13 @@ class _Seen(NamedTuple):
 
     address: int
     version: int
-    checksum: Tensor
+    checksum: Tensor | None
 
 
 @torch.no_grad()
 def _seen(grad: Tensor) -> _Seen:
     if not isinstance(grad, DTensor):
-        return _Seen(grad.data_ptr(), grad._version, torch.zeros((), dtype=torch.int64))
+        return _Seen(grad.data_ptr(), grad._version, None)
     local = grad.to_local()
     return _Seen(local.data_ptr(), grad._version, checksum(local))
 
@@ -83,12 +83,11 @@ class Early:
         pairs = [(p, self._taken[p], now[p]) for p in now]
         if not pairs or self.was_wrong:
             return set()
-        others = differ([(a.checksum, b.checksum) for _, a, b in pairs])
-        same = {
-            p
-            for (p, a, b), is_other in zip(pairs, others, strict=True)
-            if a[:2] == b[:2] and not is_other
-        }
+        sums = [(p, a.checksum, b.checksum) for p, a, b in pairs]
+        summed = [(p, a, b) for p, a, b in sums if a is not None and b is not None]
+        others = differ([(a, b) for _, a, b in summed])
+        changed = {p for (p, _, _), is_other in zip(summed, others, strict=True) if is_other}
+        same = {p for p, a, b in pairs if a[:2] == b[:2] and p not in changed}
         self.was_wrong = len(same) < len(self._taken)
         return same
 

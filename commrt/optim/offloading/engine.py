@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from commrt.errors import OffloadError
+from commrt.errors import ConfigError, OffloadError
+from commrt.ops import StepOptions
 from commrt.optim.offloading.early import Early, may_come_early
 from commrt.optim.offloading.gates import Gates
 from commrt.optim.offloading.gradients import Gradients
@@ -22,7 +23,7 @@ from commrt.optim.offloading.memory import Memory
 from commrt.optim.offloading.pipeline import Chunk, Pipeline, Step, catch_up
 from commrt.optim.offloading.plan import Plan
 from commrt.optim.offloading.report import describe
-from commrt.optim.offloading.schedule import Group, Schedule
+from commrt.optim.offloading.schedule import Due, Group, Schedule
 from commrt.optim.parts import State
 from commrt.optim.sections import Layout
 from commrt.optim.states import OWED
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from commrt.optim.base import StepOptimizer
 
 _MOST_SCHEDULES = 8
+
+Options = dict[tuple[int, int], StepOptions]
+"""By group and number of the step."""
 
 
 class Engine:
@@ -95,6 +99,8 @@ class Engine:
         self._num_steps = 0
         self._last_s: float | None = None
         self._missing: dict[Chunk, set[Layout]] = {}
+        self._in_backward = False
+        self._begun: dict[Chunk, Options] = {}
         self._schedule: Schedule | None = None
         self._parameters = {
             layout: parameter
@@ -103,11 +109,18 @@ class Engine:
         }
         self.overlaps = False
 
-    def overlap(self, model: nn.Module) -> None:
-        """End steps during the next forward of a model, and bring gradients during backward."""
+    def overlap(self, model: nn.Module, *, in_backward: bool) -> None:
+        """End steps during the next forward of a model, and begin with gradients during backward.
+
+        Args:
+            model: Which.
+            in_backward: Step what streams when its gradients are final.
+        """
         self._gates = Gates(model, self)
+        self._in_backward = in_backward
+        early = self._optimizer._parameters() if in_backward else self.plan.hosted
         if self._gradients.codec is None:  # which would owe twice what is encoded twice
-            self._early = Early(list(filter(may_come_early, self.plan.hosted)), self._take)
+            self._early = Early(list(filter(may_come_early, early)), self._take)
 
     @property
     def is_lossy(self) -> bool:
@@ -146,11 +159,12 @@ class Engine:
             ]
         )
 
-    def begin(self, *, is_unscaled: bool) -> None:
+    def begin(self, *, is_unscaled: bool = False, is_scaled: bool = False) -> None:
         """End the step before.
 
         Args:
             is_unscaled: Gradients have been changed since backward without a trace.
+            is_scaled: By a loss scale.
 
         Raises:
             OffloadError: It has failed; weights and state are those after it.
@@ -164,6 +178,8 @@ class Engine:
         self._gradients.begin()
         if is_unscaled and self._early is not None:
             self._early.was_wrong = True
+        if self._in_backward and is_scaled:
+            raise ConfigError("in_backward=True with GradScaler, which may leave a step out")
         if self._failure is not None:
             raise OffloadError(
                 f"the step before could not be taken as planned: {self._failure}; it was taken "
@@ -182,6 +198,7 @@ class Engine:
             (group, [self.memory.twin(part) or part for part in parts]) for group, parts in groups
         ]
         schedule = self._scheduled(groups)
+        self._check_begun(schedule, groups)
         self._forget_early(schedule.hosted)
         if self._optimizer._READS_MOMENTA:
             self._hosts.gather(schedule.hosted)
@@ -199,7 +216,8 @@ class Engine:
             known = self.link.down.move(copies, (until_now(self._device),)) if copies else begin
             host_factor = None if factor is None else self._host_factor
             self._hosts.run(schedule.hosted, functools.partial(bind, host_factor), known)
-        self._streams.run(schedule.streamed, functools.partial(bind, factor), begin)
+        streamed = [chunk for chunk in schedule.streamed if chunk not in self._begun]
+        self._streams.run(streamed, functools.partial(bind, factor), begin)
         self._streams.prefetch(schedule.streamed)
         self._schedule = schedule
         self._expect()
@@ -230,6 +248,8 @@ class Engine:
 
     def reorder(self, parameters: Sequence[nn.Parameter]) -> None:
         """Step parameters in this order from now on; others come last."""
+        if self._in_backward:
+            parameters = parameters[::-1]
         layouts = [layout for p in parameters for layout in self._optimizer._layouts.get(p, ())]
         self._places = {layout: place for place, layout in reversed(list(enumerate(layouts)))}
         self.settle()
@@ -257,8 +277,10 @@ class Engine:
         """Other gradients, which may come early."""
         if self._early is not None and self._schedule is not None:
             self._early.end()
+            self._begun = {}
             self._missing = {
-                chunk: {part.layout for part in chunk.parts} for chunk in self._schedule.hosted
+                chunk: {part.layout for part in chunk.parts}
+                for chunk in (*self._schedule.hosted, *self._schedule.streamed)
             }
 
     def _take(self, parameter: nn.Parameter) -> None:
@@ -273,7 +295,45 @@ class Engine:
             for chunk in self._schedule.serving.get(layout, ()):
                 self._missing[chunk].discard(layout)
                 if not self._missing[chunk]:
-                    self._hosts.bring(chunk)
+                    self._begin_with(self._schedule, chunk)
+
+    def _begin_with(self, schedule: Schedule, chunk: Chunk) -> None:
+        """A chunk's gradients are final."""
+        if chunk in schedule.hosted:
+            self._hosts.bring(chunk)
+        elif all(part.layout.is_apart for part in chunk.parts):
+            self._each([chunk], Chunk.wait)
+            options = self._options_of(schedule.groups, schedule.due[chunk])
+            self._begun[chunk] = options
+            self._streams.bring(chunk)
+            self._streams.step(
+                chunk, self._bind(schedule, options, None, chunk), until_now(self._device)
+            )
+            following = schedule.after.get(chunk)
+            if following is not None:
+                self._streams.bring(following)
+
+    def _check_begun(self, schedule: Schedule, groups: Sequence[Group]) -> None:
+        """Raise OffloadError if what was stepped in backward should not have been."""
+        if not self._begun:
+            return
+        assert self._early is not None
+        given = [group for group, _ in groups]
+        unchanged = self._early.unchanged()
+        parameters = {self._parameters[part.layout] for c in self._begun for part in c.parts}
+        if (
+            schedule is not self._schedule
+            or not parameters <= unchanged
+            or any(
+                options != self._options_of(given, schedule.due[chunk])
+                for chunk, options in self._begun.items()
+            )
+        ):
+            raise OffloadError(
+                "with in_backward weights were stepped in backward, and then gradients, their "
+                "number or options (the learning rate, say) were changed before step(): they must "
+                "not be"
+            )
 
     def _forget_early(self, chunks: Sequence[Chunk]) -> None:
         """Bring again what is not as it was, and what these are not among."""
@@ -307,7 +367,14 @@ class Engine:
             )  # fmt: skip
         return self._schedules[key]
 
-    def _options(self, groups: Sequence[Group]) -> dict[tuple[int, int], Any]:
+    def _options_of(self, groups: Sequence[dict[str, Any]], dues: Sequence[Due]) -> Options:
+        """Those that some ops take."""
+        return {
+            (due.group, due.part.step): self._optimizer._options(groups[due.group], due.part.step)
+            for due in dues
+        }
+
+    def _options(self, groups: Sequence[Group]) -> Options:
         """By group and number of the step, as they are now."""
         return {
             (number, step): self._optimizer._options(group, step)
@@ -318,7 +385,7 @@ class Engine:
     def _bind(
         self,
         schedule: Schedule,
-        options: dict[tuple[int, int], Any],
+        options: Options,
         factor: Tensor | None,
         chunk: Chunk,
     ) -> Step:

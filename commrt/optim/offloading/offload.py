@@ -35,6 +35,7 @@ def offload(
     folder: str | Path | None = None,
     link_rate: float | str | None = None,
     chunk_bytes: int | None = None,
+    in_backward: bool = False,
 ) -> T:
     """Keep an optimizer's state in host memory, in pieces that come and go beside the step.
 
@@ -65,6 +66,10 @@ def offload(
             held to. Only without a GPU; there, copies are counted and ordered as on a real link.
         chunk_bytes: Of state in a chunk, of which three are on the device. Default: a
             twenty-fourth, at most 64 MiB.
+        in_backward: With "stream", a model and no clipping: step a chunk as soon as its gradients
+            are final, from the second step on. Between backward and ``step()`` neither gradients
+            nor options may be changed, and ``step()`` may not be left out: else it raises. Not
+            under DDP, whose gradients are final only when backward ends, nor with ``GradScaler``.
 
     Returns:
         The optimizer.
@@ -81,6 +86,11 @@ def offload(
     host: the state; with "cpu" weights and gradients, too. Of the device: three chunks.
     """
     _check(optimizer, mode, grads, weights, folder)
+    if in_backward and (mode != "stream" or model is None or optimizer.max_grad_norm is not None):
+        raise ConfigError(
+            f"in_backward=True with mode={mode!r}, max_grad_norm={optimizer.max_grad_norm}: must "
+            "be stream, with a model, and None"
+        )
     parameters = list(optimizer._parameters())
     device = parameters[0].device
     total = sum(optimizer.state_bytes_of(parameter) for parameter in parameters)
@@ -106,7 +116,7 @@ def offload(
         if parameter in optimizer.state:
             engine.adopt(parameter, optimizer.state[parameter])
     if model is not None:
-        engine.overlap(model)
+        engine.overlap(model, in_backward=in_backward)
     return optimizer
 
 

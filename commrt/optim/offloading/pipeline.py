@@ -173,17 +173,10 @@ class Pipeline:
             begin: When gradients are final.
         """
         ahead = len(chunks) if self._is_hosted else NUM_SLOTS
-        for place, chunk in enumerate(chunks):
-            chunk.slot = place % NUM_SLOTS
-            chunk.due = step(chunk)
-            if not self._is_hosted:
-                grads = [part.grad for part in chunk.parts]
-                chunk.grads = Unchanged(grads)
-                self._lane.uses(grads)
         for chunk in chunks[:ahead]:
             self.bring(chunk)
         for place, chunk in enumerate(chunks):
-            self._step(chunk, begin)
+            self.step(chunk, step(chunk), begin)
             for following in chunks[place + ahead : place + ahead + 1]:
                 self.bring(following)
 
@@ -211,8 +204,20 @@ class Pipeline:
         arrived, before.arrived = before.arrived, None
         return before.left, arrived
 
-    def _step(self, chunk: Chunk, begin: Done) -> None:
+    def step(self, chunk: Chunk, due: Step, begin: Done) -> None:
+        """Update a chunk that has been brought.
+
+        Args:
+            chunk: Which.
+            due: Its step.
+            begin: When its gradients are final.
+        """
         assert chunk.arrived is not None
+        chunk.due = due
+        if not self._is_hosted:
+            grads = [part.grad for part in chunk.parts]
+            chunk.grads = Unchanged(grads)
+            self._lane.uses(grads)
         after, chunk.arrived = (chunk.arrived, begin), None
         if not self._is_hosted:
             chunk.ready = self._lane.run(chunk.step, after)

@@ -54,6 +54,8 @@ class Schedule:
         hosted: Likewise.
         due: What steps each.
         serving: The chunks of each tensor.
+        after: What comes next into a streamed chunk's slot.
+        groups: Options of each group.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Schedule:
         device: torch.device,
         place_of: Callable[[Layout], int],
     ) -> None:
+        self.groups = [group for group, _ in groups]
         self.due: dict[Chunk, list[Due]] = {}
         self.serving: dict[Layout, list[Chunk]] = {}
         self._batches = batches
@@ -92,6 +95,9 @@ class Schedule:
         ]
         _give_slots(self.streamed, device, has_file=memory.slab.is_file)
         _give_scratch(self.hosted, device)
+        self.after: dict[Chunk, Chunk] = dict(
+            zip(self.streamed, self.streamed[NUM_SLOTS:], strict=False)
+        )
         for chunk in (*self.streamed, *self.hosted):
             self.due[chunk] = list(self._calls(chunk.rows_there))
         for chunk in (*self.streamed, *self.hosted):
@@ -118,8 +124,8 @@ def _give_slots(chunks: Sequence[StreamedChunk], device: torch.device, *, has_fi
     if has_file:
         through = _buffers(sizes, torch.device("cpu"), pin_memory=order.is_queued(device))
     for place, chunk in enumerate(chunks):
-        at = place % NUM_SLOTS
-        chunk.settle_in(slots[at], None if through is None else through[at])
+        chunk.slot = place % NUM_SLOTS
+        chunk.settle_in(slots[chunk.slot], None if through is None else through[chunk.slot])
 
 
 def _give_scratch(chunks: Sequence[HostedChunk], device: torch.device) -> None:
@@ -133,7 +139,8 @@ def _give_scratch(chunks: Sequence[HostedChunk], device: torch.device) -> None:
     packed = _buffers(sizes, torch.device("cpu"), pin_memory=order.is_queued(device))
     received = _buffers(sizes, device)
     for place, chunk in enumerate(patched):
-        chunk.pack_in(old, packed[place % NUM_SLOTS], received[place % NUM_SLOTS])
+        chunk.slot = place % NUM_SLOTS
+        chunk.pack_in(old, packed[chunk.slot], received[chunk.slot])
 
 
 def _buffers(
