@@ -103,11 +103,12 @@ def _ours(
         return getattr(optim, optimizer)(model, lr=lr, **options)
 
     def make(model: nn.Module, rate: float | None, overlaps: bool) -> Trained:
-        return Ours(
-            optim.offload(
-                make_bare(model), link_rate=rate, model=model if overlaps else None, **how
-            )
-        )
+        options = dict(how)
+        if overlaps:
+            options["model"] = model
+        else:
+            options.pop("in_backward", None)
+        return Ours(optim.offload(make_bare(model), link_rate=rate, **options))
 
     detail = ",".join(map(str, options.values()))
     return Scheme(
@@ -253,6 +254,7 @@ def why_torchao_does_not_run() -> str:
 LR = 1e-3
 FP32 = {"momentum_dtype": "fp32"}
 STREAM = {"mode": "stream"}
+EARLY = {"mode": "stream", "in_backward": True}
 CPU = {"mode": "cpu"}
 HALF: dict[str, Any] = {"dtype": BF16}
 CHANGED = {"weights": "changed"}
@@ -269,6 +271,18 @@ SCHEMES = (
         most_bytes=4.0,
     ),
     _ours(MINI, "AdamMini", LR, {"momentum_dtype": "int8"}, STREAM, most_bytes=2.05),
+    _ours(
+        *("AdamW fp32, stream in backward", "AdamW8bit", LR, FP32, EARLY),
+        most_bytes=16.0,
+    ),
+    _ours(
+        *("AdamMini fp32, stream in backward", "AdamMini", LR, FP32, EARLY),
+        most_bytes=8.0,
+    ),
+    _ours(
+        *("AdamMini int8, stream in backward", "AdamMini", LR, {"momentum_dtype": "int8"}, EARLY),
+        most_bytes=2.05,
+    ),
     _ours("AdamMini bf16 w, cpu", "AdamMini", LR, MASTER, CPU, most_bytes=4.0, **HALF),
     _ours(
         *("AdamMini bf16 w, cpu, loco4", "AdamMini", LR, MASTER, {**CPU, "grads": "loco4"}),
