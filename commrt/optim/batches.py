@@ -107,7 +107,7 @@ class Batches:
         found: dict[str, list[tuple[Part, Piece, StepTensor]]] = {}
         for part, name, piece, tensor in rows:
             found.setdefault(name, []).append((part, piece, tensor))
-        return [
+        calls = [
             Call(
                 name,
                 ops.StepBatch(name, [tensor for _, _, tensor in some]),
@@ -116,3 +116,6 @@ class Batches:
             )
             for name, some in found.items()
         ]
+        for call in calls:
+            call.tensors.forget_grads()  # they come with every step
+        return calls

@@ -112,10 +112,15 @@ class Part:
         """That are stepped, flat."""
         return self._stepped.view(-1)
 
+    @property
+    def version(self) -> int:
+        """How often torch's operators have changed the weights."""
+        return -1 if self._weights.is_inference() else self._weights._version
+
     def write_back(self) -> None:
         """What is not contiguous was stepped as a copy."""
         if self._is_copied:
-            self._weights.copy_(self._stepped)
+            self._weights.data.copy_(self._stepped)
 
     def let_go(self) -> None:
         """Free the gradient's memory, if nobody else has it."""

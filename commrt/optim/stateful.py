@@ -125,6 +125,9 @@ class StatefulOptimizer(Optimizer):
         Raises:
             StateError: A tensor has another shape or dtype than this optimizer's would have.
         """
+        if self.offloaded is not None:
+            self.offloaded.settle()
+            self.offloaded.forget_owed()
         loaded: dict[nn.Parameter, State] = {}
         seconds: dict[Layout, Tensor] = {}
 

@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import NamedTuple
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from commrt.optim.offloading.checksums import checksum, differ
 from commrt.optim.shards import is_flat
-
-
-class _Seen(NamedTuple):
-    """A gradient as it was.
-
-    Attributes:
-        address: Where.
-        version: How often it had been changed.
-        checksum: Of a DTensor, whose versions do not count what is done to several at once.
-    """
-
-    address: int
-    version: int
-    checksum: Tensor | None
-
-
-@torch.no_grad()
-def _seen(grad: Tensor) -> _Seen:
-    if not isinstance(grad, DTensor):
-        return _Seen(grad.data_ptr(), grad._version, None)
-    local = grad.to_local()
-    return _Seen(local.data_ptr(), grad._version, checksum(local))
 
 
 def may_come_early(parameter: nn.Parameter) -> bool:
@@ -68,9 +44,10 @@ class Early:
         self._take = take
         self._expected: dict[nn.Parameter, int] = {}
         self._counts: dict[nn.Parameter, int] = {}
-        self._taken: dict[nn.Parameter, _Seen] = {}
+        self._taken: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}
         self.was_wrong = False
-        self._hooks = [p.register_post_accumulate_grad_hook(self._count) for p in parameters]
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._count) for p in trained]
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -79,16 +56,15 @@ class Early:
 
     def unchanged(self) -> set[nn.Parameter]:
         """Whose gradients were taken early, and are still what they were."""
-        now = {p: _seen(p.grad) for p in self._taken if p.grad is not None}
-        pairs = [(p, self._taken[p], now[p]) for p in now]
-        if not pairs or self.was_wrong:
+        # More were accumulated since, perhaps of a batch that was given up.
+        last = [p for p in self._taken if self._counts[p] == self._expected[p]]
+        if not last or self.was_wrong:
             return set()
-        sums = [(p, a.checksum, b.checksum) for p, a, b in pairs]
-        summed = [(p, a, b) for p, a, b in sums if a is not None and b is not None]
-        others = differ([(a, b) for _, a, b in summed])
-        changed = {p for (p, _, _), is_other in zip(summed, others, strict=True) if is_other}
-        same = {p for p, a, b in pairs if a[:2] == b[:2] and p not in changed}
-        self.was_wrong = len(same) < len(self._taken)
+        pairs = [(self._taken[p][1], checksum(_local(p.grad))) for p in last if p.grad is not None]
+        if len(pairs) < len(last):
+            return set()
+        same = {p for p, is_other in zip(last, differ(pairs), strict=True) if not is_other}
+        self.was_wrong = len(same) < len(last)
         return same
 
     def end(self) -> None:
@@ -101,5 +77,11 @@ class Early:
         if self.was_wrong or count != self._expected.get(parameter):
             return
         assert parameter.grad is not None
-        self._taken[parameter] = _seen(parameter.grad)
+        grad = _local(parameter.grad)
+        self._taken[parameter] = grad, checksum(grad)
         self._take(parameter)
+
+
+def _local(grad: Tensor) -> Tensor:
+    grad = grad.detach()
+    return grad.to_local() if isinstance(grad, DTensor) else grad

@@ -17,13 +17,13 @@ from commrt.ops import StepOptions
 from commrt.optim.offloading.early import Early, may_come_early
 from commrt.optim.offloading.gates import Gates
 from commrt.optim.offloading.gradients import Gradients
-from commrt.optim.offloading.lanes import Lane, first_cause, until_now
-from commrt.optim.offloading.link import Copy, Link, Mover, Reading, Writing
+from commrt.optim.offloading.lanes import Done, Lane, Nothing, first_cause, until_now
+from commrt.optim.offloading.link import Copies, Copy, Link, Mover, Reading, Writing, copy
 from commrt.optim.offloading.memory import Memory
 from commrt.optim.offloading.pipeline import Chunk, Pipeline, Step, catch_up
 from commrt.optim.offloading.plan import Plan
 from commrt.optim.offloading.report import describe
-from commrt.optim.offloading.schedule import Due, Group, Schedule
+from commrt.optim.offloading.schedule import Buffers, Due, Group, Schedule
 from commrt.optim.parts import State
 from commrt.optim.sections import Layout
 from commrt.optim.states import OWED
@@ -88,7 +88,11 @@ class Engine:
         self.memory = Memory(
             optimizer, plan.hosted, gradients, link.device, folder, sends_patches=is_patched
         )
-        self._host_factor = torch.empty((), pin_memory=not link.is_emulated)
+        self._host_factor = torch.empty(
+            (), dtype=torch.float32, device="cpu", pin_memory=not link.is_emulated
+        )
+        self._known: tuple[Copies, Done] = (), Nothing()
+        self._buffers = Buffers(link.device)
         self._schedules: dict[tuple[Any, ...], Schedule] = {}
         self._running: list[Chunk] = []
         self._serving: dict[Layout, list[Chunk]] = {}
@@ -135,6 +139,10 @@ class Engine:
         self._schedule = None
         return self.memory.adopt(parameter, state)
 
+    def forget_owed(self) -> None:
+        """Owe nothing: another state is loaded."""
+        self._gradients.forget_owed()
+
     def owed(self, parameter: nn.Parameter) -> State:
         """What the gradients' codec owes of a parameter, fp32 and shaped like it, if it owes."""
         layouts = self._optimizer._layouts[parameter]
@@ -169,8 +177,8 @@ class Engine:
         Raises:
             OffloadError: It has failed; weights and state are those after it.
         """
-        self._each(self._running, Chunk.wait)
-        self._running = []
+        self._each([chunk for chunk in self._running if chunk not in self._begun], Chunk.wait)
+        self._running = list(self._begun)
         try:
             self._streams.check_prefetched()
         except Exception as error:  # noqa: BLE001 - raised below
@@ -180,6 +188,8 @@ class Engine:
             self._early.was_wrong = True
         if self._in_backward and is_scaled:
             raise ConfigError("in_backward=True with GradScaler, which may leave a step out")
+        if isinstance(self._failure, OffloadError):
+            raise OffloadError(str(self._failure)) from self._failure
         if self._failure is not None:
             raise OffloadError(
                 f"the step before could not be taken as planned: {self._failure}; it was taken "
@@ -214,8 +224,10 @@ class Engine:
             if factor is not None:
                 copies.append(Copy(self._host_factor, factor))
             known = self.link.down.move(copies, (until_now(self._device),)) if copies else begin
+            self._known = copies, known
             host_factor = None if factor is None else self._host_factor
             self._hosts.run(schedule.hosted, functools.partial(bind, host_factor), known)
+        self._streams.forget_prefetched(schedule.streamed)
         streamed = [chunk for chunk in schedule.streamed if chunk not in self._begun]
         self._streams.run(streamed, functools.partial(bind, factor), begin)
         self._streams.prefetch(schedule.streamed)
@@ -233,9 +245,12 @@ class Engine:
     def report(self) -> str:
         """What is where, what crosses the link, and how long a step should take, as a text."""
         self.settle()
+        note = None
+        if self._early is not None and self._early.was_wrong:
+            note = "gradients come in the step: they were changed after backward"
         return describe(
             self.link, self.plan, host_bytes=self.memory.num_bytes, steps=self._num_steps,
-            last_s=self._last_s,
+            last_s=self._last_s, note=note,
         )  # fmt: skip
 
     def wait(self, parameters: Collection[nn.Parameter] | None = None) -> None:
@@ -263,12 +278,15 @@ class Engine:
     def release(self) -> None:
         """Give the optimizer its state back, on the device, and end."""
         self.settle()
+        if self._begun:
+            raise OffloadError("weights were stepped in backward: step() must come first")
         for hooks in (self._gates, self._early):
             if hooks is not None:
                 hooks.remove()
         for parameter in self._optimizer._parameters():
             self.memory.release(parameter, self._device)
         self._optimizer.offloaded = None
+        self._optimizer._totals = None
         for lane in (*self._disk, *self._lanes):
             lane.close()
         self.link.close()
@@ -291,8 +309,10 @@ class Engine:
         batches = self._optimizer._batches
         for layout, own in self._optimizer._kept_of(parameter):
             part = batches.part(layout, layout.shard.local(parameter), own)
-            part.take(parameter.grad, part.step + 1)
+            part.take(parameter.grad, int(self._optimizer.state[parameter]["step"]) + 1)
             for chunk in self._schedule.serving.get(layout, ()):
+                if part not in chunk.parts and self.memory.twin(part) not in chunk.parts:
+                    continue  # it has moved
                 self._missing[chunk].discard(layout)
                 if not self._missing[chunk]:
                     self._begin_with(self._schedule, chunk)
@@ -305,13 +325,15 @@ class Engine:
             self._each([chunk], Chunk.wait)
             options = self._options_of(schedule.groups, schedule.due[chunk])
             self._begun[chunk] = options
+            self._running.append(chunk)
+            self._serving = schedule.serving
+            for part in chunk.parts:
+                torch.autograd.graph.increment_version(self._parameters[part.layout])
             self._streams.bring(chunk)
             self._streams.step(
                 chunk, self._bind(schedule, options, None, chunk), until_now(self._device)
             )
-            following = schedule.after.get(chunk)
-            if following is not None:
-                self._streams.bring(following)
+            self._streams.prefetch([c for c in schedule.streamed if c not in self._begun])
 
     def _check_begun(self, schedule: Schedule, groups: Sequence[Group]) -> None:
         """Raise OffloadError if what was stepped in backward should not have been."""
@@ -362,7 +384,7 @@ class Engine:
             last = len(self._places)
             self._schedules[key] = Schedule(
                 groups, self._optimizer._batches, self.memory, self._gradients, self._is_patched,
-                self._chunk_bytes, self._device,
+                self._chunk_bytes, self._buffers,
                 lambda layout: self._places.get(layout, last),
             )  # fmt: skip
         return self._schedules[key]
@@ -414,6 +436,11 @@ class Engine:
             for done in (chunk.ready, chunk.left):
                 with contextlib.suppress(Exception):
                     done.settle()
+        copies, known = self._known
+        try:
+            known.settle()
+        except Exception:  # noqa: BLE001 - what failed first, or by it
+            copy(copies)
         self._failure = failure
         self._schedules.clear()
         if isinstance(failure, OffloadError):  # a step that is not whole
@@ -422,6 +449,8 @@ class Engine:
         try:
             catch_up(self._running)
         except OSError:
+            if not self.memory.slab.is_file:
+                raise
             self.memory.leave_the_file()
             catch_up(self._running)
         self._running = []

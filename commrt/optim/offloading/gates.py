@@ -27,6 +27,23 @@ class Steps(Protocol):
         """Step parameters in this order."""
 
 
+class _Hook:
+    """What a module calls; a copy of the module, whose weights nothing steps, calls nothing."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> None:
+        self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Hook, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    """Does nothing."""
+
+
 class Gates:
     """Hooks before the forwards of a model's layers, and around the model's.
 
@@ -43,14 +60,15 @@ class Gates:
     """
 
     def __init__(self, model: nn.Module, steps: Steps) -> None:
-        self._root, self._steps = _root_of(model), steps
+        self._root, self._steps = root_of(model), steps
         self._called: list[nn.Module] = []
         self._layers = dict(_layers(self._root))
         self._early: list[nn.Parameter] | None = None
         hooks = [
-            self._root.register_forward_pre_hook(self._before_all, prepend=True),
-            self._root.register_forward_hook(self._after_all),
-            self._root.register_state_dict_pre_hook(lambda *_: steps.wait()),
+            self._root.register_forward_pre_hook(_Hook(self._before_all), prepend=True),
+            self._root.register_forward_hook(_Hook(self._after_all)),
+            self._root.register_load_state_dict_pre_hook(_Hook(self._wait_for_all)),
+            self._root.register_state_dict_pre_hook(_Hook(self._wait_for_all)),
         ]
         # FSDP's own, which gathers weights, has been there before.
         before = self._root._state_dict_pre_hooks
@@ -58,9 +76,8 @@ class Gates:
             before[earlier] = before.pop(earlier)
         for layer, parameters in self._layers.items():
             if layer is not self._root:
-                hooks.append(
-                    layer.register_forward_pre_hook(self._before(parameters), prepend=True)
-                )
+                hook = _Hook(self._before(parameters))
+                hooks.append(layer.register_forward_pre_hook(hook, prepend=True))
         self._hooks = hooks
 
     def remove(self) -> None:
@@ -77,6 +94,9 @@ class Gates:
                 self._called.append(layer)
 
         return wait
+
+    def _wait_for_all(self, *_: Any) -> None:
+        self._steps.wait()
 
     def _before_all(self, *_: Any) -> None:
         self._steps.wait(self._early)
@@ -97,7 +117,7 @@ class Gates:
         self._steps.overlaps = True
 
 
-def _root_of(model: nn.Module) -> nn.Module:
+def root_of(model: nn.Module) -> nn.Module:
     """The innermost module whose hooks are called as they are, with every forward."""
     while not isinstance(model, OptimizedModule) and (inner := inner_of(model)) is not None:
         model = inner

@@ -76,6 +76,11 @@ class Gradients:
             self._sent.add(host.layout)
             seed = self._seed_of(device.layout, device.step)
             return [self._of(device.layout, device.grad).encode(device.grad, seed)]
+        if device.grad.element_size() > host.grad.element_size() and self.is_exact:
+            raise ConfigError(
+                f"a gradient of {host.layout.shard.name!r} is {device.grad.dtype}: must be "
+                f"{host.grad.dtype}, as the weights are, unless grads is bf16 or a codec"
+            )
         return [
             Copy(piece.elements_of(host.grad), piece.elements_of(device.grad).to(host.grad.dtype))
             for piece in pieces
@@ -107,6 +112,10 @@ class Gradients:
             return not value.count_nonzero()
         return self._of(layout, value).owe(value)
 
+    def forget_owed(self) -> None:
+        """Owe nothing."""
+        self._coded.clear()
+
     def _of(self, layout: Layout, like: Tensor) -> _Coded:
         assert self.codec is not None
         if layout not in self._coded:
@@ -123,7 +132,7 @@ class _Coded:
         num_bytes = codec.payload_bytes(self._window.num_blocks)
         self._payload = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
         pinned = order.is_queued(device)
-        self._received = torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+        self._received = torch.zeros(num_bytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self._residual: Tensor | None = None
         if codec.residual_fmt is not None:
             size = codec.residual_bytes(numel)

@@ -77,7 +77,11 @@ class HostedChunk(Chunk):
     def leaving(self) -> Copies:
         """See :class:`Chunk`."""
         return [
-            Copy(row.piece.elements_of(device.weights), row.piece.elements_of(row.part.weights))
+            Copy(
+                # .data: so that only what others do counts as a change.
+                row.piece.elements_of(device.weights.data),
+                row.piece.elements_of(row.part.weights),
+            )
             for row, device in self._both()
         ]
 
@@ -143,6 +147,6 @@ class PatchedChunk(HostedChunk):
     def unpack(self) -> None:
         """See :class:`Chunk`."""
         for (row, device), (begin, end) in zip(self._both(), self._patches, strict=True):
-            weights = row.piece.elements_of(device.weights)
+            weights = row.piece.elements_of(device.weights.data)
             ops.patch_apply_(weights, self._received[begin:end])
         super().unpack()

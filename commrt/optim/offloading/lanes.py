@@ -167,6 +167,23 @@ class Nothing:
         """See :class:`Done`."""
 
 
+class Both:
+    """A point behind two others."""
+
+    def __init__(self, one: Done, other: Done) -> None:
+        self._points = one, other
+
+    def wait(self) -> None:
+        """See :class:`Done`."""
+        for point in self._points:
+            point.wait()
+
+    def settle(self) -> None:
+        """See :class:`Done`."""
+        for point in self._points:
+            point.settle()
+
+
 def until_now(device: torch.device) -> Done:
     """All that the calling thread has given a device."""
     return _OfStream(device) if order.is_queued(device) else Nothing()

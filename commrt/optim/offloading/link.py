@@ -263,7 +263,7 @@ def parse_rate(rate: float | str | None) -> float | None:
     """
     if rate is None:
         return None
-    match = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?) *([kMGT]?)(?:B/s)?", str(rate))
+    match = re.fullmatch(r"([0-9.]+(?:e[+]?[0-9]+)?) *([kMGT]?)(?:B/s)?", str(rate))
     try:
         value = float(match[1]) * _UNITS[match[2]] if match else 0.0
     except ValueError:

@@ -32,11 +32,13 @@ class Mirror(NamedTuple):
         weights: Shaped like the device's.
         grad: Flat.
         checksum: Of the device's weights after the last step, on the device.
+        version: How often others have changed them.
     """
 
     weights: Tensor
     grad: Tensor
     checksum: Tensor
+    version: list[int]
 
 
 class Memory:
@@ -93,7 +95,7 @@ class Memory:
             if not gradients.is_coded(layout):  # else it is never here whole
                 grad = copies.cut(weights.shape, gradients.dtype(weights.dtype))
             known = torch.zeros((), dtype=torch.int64, device=device)
-            self._mirrors[layout] = Mirror(mirror, grad.view(-1), known)
+            self._mirrors[layout] = Mirror(mirror, grad.view(-1), known, [-1])
         self.num_bytes = copies.memory.numel() + (0 if folder else self.slab.memory.numel())
 
     def _cut(self) -> dict[tuple[Layout, str], Tensor]:
@@ -126,6 +128,7 @@ class Memory:
                 weights, mirror = layout.shard.local(parameter), self._mirrors[layout]
                 mirror.weights.copy_(weights)
                 mirror.checksum.copy_(checksum(weights))
+                mirror.version[0] = weights._version
         return state
 
     def stale(self, parts: Sequence[Part]) -> list[Copy]:
@@ -144,10 +147,11 @@ class Memory:
         copies = [
             Copy(mirror.weights.view(-1), part.weights)
             for part, mirror, is_other in zip(hosted, mirrors, differ(pairs), strict=True)
-            if is_other
+            if is_other or part.version != mirror.version[0]
         ]
-        for mirror in mirrors:
+        for part, mirror in zip(hosted, mirrors, strict=True):
             mirror.checksum.zero_()
+            mirror.version[0] = part.version
         return copies
 
     def went(self, part: Part, weights: Tensor) -> None:

@@ -13,6 +13,7 @@ from commrt.errors import ConfigError
 from commrt.optim.base import StepOptimizer
 from commrt.optim.offloading import plan as planning
 from commrt.optim.offloading.engine import Engine
+from commrt.optim.offloading.gates import root_of
 from commrt.optim.offloading.gradients import Gradients
 from commrt.optim.offloading.lanes import Lane, StreamLane, ThreadLane
 from commrt.optim.offloading.link import Link, parse_rate
@@ -86,6 +87,8 @@ def offload(
     host: the state; with "cpu" weights and gradients, too. Of the device: three chunks.
     """
     _check(optimizer, mode, grads, weights, folder)
+    if model is not None:
+        root_of(model)  # which may refuse it
     if in_backward and (mode != "stream" or model is None or optimizer.max_grad_norm is not None):
         raise ConfigError(
             f"in_backward=True with mode={mode!r}, max_grad_norm={optimizer.max_grad_norm}: must "
@@ -112,6 +115,7 @@ def offload(
         chunk_bytes=chunk_bytes,
     )
     optimizer.offloaded = engine
+    optimizer._totals = None  # which may have to sum other blocks now
     for parameter in parameters:
         if parameter in optimizer.state:
             engine.adopt(parameter, optimizer.state[parameter])

@@ -12,6 +12,7 @@ is in work between them::
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from commrt.errors import OffloadError
 from commrt.optim.offloading.chunks import Row
-from commrt.optim.offloading.lanes import Done, Lane, Nothing, until_now
+from commrt.optim.offloading.lanes import Both, Done, Lane, Nothing, until_now
 from commrt.optim.offloading.link import Copies, Mover, copy
 from commrt.optim.parts import Part
 from commrt.optim.shards import Piece
@@ -36,7 +37,8 @@ class Unchanged:
     """
 
     def __init__(self, grads: Sequence[Tensor]) -> None:
-        self._grads = [(grad, grad._version) for grad in grads]
+        # Those of inference mode have no version.
+        self._grads = [(grad, grad._version) for grad in grads if not grad.is_inference()]
 
     def check(self) -> None:
         """Raise OffloadError if one has been changed since."""
@@ -56,13 +58,13 @@ class Chunk(abc.ABC):
     Attributes:
         rows: Which.
         brought: The gradients that have been copied, or are being.
-        slot: Number of the buffers that it uses.
+        slot: Number of the buffers that it uses, if it does.
         ready: When its weights are on the device, after the last step.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.rows = rows
-        self.slot = 0
+        self.slot: int | None = None
         self.ready: Done = Nothing()
         self.brought: Copies = ()
         self.arrived: Done | None = None
@@ -92,6 +94,13 @@ class Chunk(abc.ABC):
     def grad_of(self, part: Part, piece: Piece) -> Tensor:
         """What a row is stepped by."""
         return part.grad_of(piece)
+
+    def forget_grads(self) -> None:
+        """Let go of the gradients that the rows were made with."""
+        self.rows = [
+            row._replace(tensor=dataclasses.replace(row.tensor, grad=row.tensor.grad[:0].clone()))
+            for row in self.rows
+        ]
 
     def unpack(self) -> None:  # noqa: B027 - most have nothing to do
         """What the device has to do with what left."""
@@ -130,8 +139,8 @@ class Pipeline:
         lane: Of the steps.
         outbound: Takes what has changed.
         device: Of the parameters.
-        is_hosted: The step is the host's, and a slot is for what leaves; else it is the device's,
-            and a slot is for what arrives, too.
+        is_hosted: The step is the host's, and a slot is for a patch that leaves; else it is the
+            device's, and a slot is for what arrives, too.
     """
 
     def __init__(
@@ -142,6 +151,7 @@ class Pipeline:
         self._device = device
         self._is_hosted = is_hosted
         self._last: list[Chunk | None] = [None] * NUM_SLOTS
+        self._arrived: Done = Nothing()
 
     def bring(self, chunk: Chunk) -> None:
         """Copy what a chunk's step needs, if that has not been done."""
@@ -154,7 +164,9 @@ class Pipeline:
             return
         chunk.brought = copies
         sources = Unchanged([copy.source for copy in copies if isinstance(copy.source, Tensor)])
-        chunk.arrived = self._inbound.move(copies, (now,), sources.check)
+        # A coded tensor comes whole with the first of its chunks: if that fails, so do the others.
+        after = (now, self._arrived)
+        chunk.arrived = self._arrived = self._inbound.move(copies, after, sources.check)
 
     def gather(self, chunks: Sequence[Chunk]) -> None:
         """Return when all is there that the steps of these need."""
@@ -172,18 +184,27 @@ class Pipeline:
             step: Of each.
             begin: When gradients are final.
         """
-        ahead = len(chunks) if self._is_hosted else NUM_SLOTS
-        for chunk in chunks[:ahead]:
+        for chunk in chunks if self._is_hosted else ():
             self.bring(chunk)
+        self.prefetch(chunks)
         for place, chunk in enumerate(chunks):
+            self.bring(chunk)
             self.step(chunk, step(chunk), begin)
-            for following in chunks[place + ahead : place + ahead + 1]:
-                self.bring(following)
+            self.prefetch(chunks[place + 1 :])
 
     def prefetch(self, chunks: Sequence[Chunk]) -> None:
-        """Bring what the next step of these begins with."""
+        """Bring what the steps of these begin with, as far as there are slots."""
         for chunk in chunks[:NUM_SLOTS]:
+            before = self._last[chunk.slot] if chunk.slot is not None else None
+            if before is not None and before.arrived is not None:
+                break
             self.bring(chunk)
+
+    def forget_prefetched(self, chunks: Sequence[Chunk]) -> None:
+        """What was fetched for others than these will be old when they are stepped."""
+        for chunk in self._last:
+            if chunk is not None and chunk.arrived is not None and chunk not in chunks:
+                chunk.left, chunk.arrived = Both(chunk.left, chunk.arrived), None
 
     def check_prefetched(self) -> None:
         """Wait for what was prefetched; raise if it cannot be had."""
@@ -195,6 +216,8 @@ class Pipeline:
 
     def _take_slot(self, chunk: Chunk) -> tuple[Done, ...]:
         """When the chunk's slot is free for it."""
+        if chunk.slot is None:
+            return ()
         before, self._last[chunk.slot] = self._last[chunk.slot], chunk
         if before is None:
             return ()

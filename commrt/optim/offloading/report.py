@@ -25,6 +25,7 @@ def describe(
     host_bytes: int,
     steps: int,
     last_s: float | None,
+    note: str | None,
 ) -> str:
     """Returns a few lines: what is where, what crosses the link, and how long it should take.
 
@@ -33,6 +34,7 @@ def describe(
         plan: Which parameters the host steps.
         host_bytes: Memory of the host.
         steps: That have been taken.
+        note: What else is to be said.
         last_s: Seconds of the last one; None if it was not waited for.
     """
     loads, rates = plan.loads, plan.rates
@@ -56,6 +58,8 @@ def describe(
     if steps:
         up, down = (way.num_bytes / steps / numel for way in (link.up, link.down))
         lines.append(f"bytes a parameter and step: {up:.3f} up, {down:.3f} down")
+    if note is not None:
+        lines.append(note)
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ class Schedule:
         gradients: Brings them to it.
         is_patched: Whether weights go back as patches.
         chunk_bytes: Of state that are stepped at a time.
-        device: Of the parameters.
+        buffers: For the chunks to work in.
         place_of: Of a tensor in the order of steps.
 
     Attributes:
@@ -54,7 +54,6 @@ class Schedule:
         hosted: Likewise.
         due: What steps each.
         serving: The chunks of each tensor.
-        after: What comes next into a streamed chunk's slot.
         groups: Options of each group.
     """
 
@@ -66,7 +65,7 @@ class Schedule:
         gradients: Gradients,
         is_patched: bool,
         chunk_bytes: int,
-        device: torch.device,
+        buffers: Buffers,
         place_of: Callable[[Layout], int],
     ) -> None:
         self.groups = [group for group, _ in groups]
@@ -93,14 +92,12 @@ class Schedule:
             kind(rows, self._twins, gradients, memory)
             for rows in chunks_of(self._rows(self._twins), memory.slab, chunk_bytes)
         ]
-        _give_slots(self.streamed, device, has_file=memory.slab.is_file)
-        _give_scratch(self.hosted, device)
-        self.after: dict[Chunk, Chunk] = dict(
-            zip(self.streamed, self.streamed[NUM_SLOTS:], strict=False)
-        )
+        buffers.give_slots(self.streamed, has_file=memory.slab.is_file)
+        buffers.give_scratch(self.hosted)
         for chunk in (*self.streamed, *self.hosted):
             self.due[chunk] = list(self._calls(chunk.rows_there))
         for chunk in (*self.streamed, *self.hosted):
+            chunk.forget_grads()
             for part in chunk.parts:
                 self.serving.setdefault(part.layout, []).append(chunk)
 
@@ -118,36 +115,51 @@ class Schedule:
                 yield Due(number, some[0].part, call)
 
 
-def _give_slots(chunks: Sequence[StreamedChunk], device: torch.device, *, has_file: bool) -> None:
-    sizes = [chunk.slot_bytes for chunk in chunks]
-    slots, through = _buffers(sizes, device), None
-    if has_file:
-        through = _buffers(sizes, torch.device("cpu"), pin_memory=order.is_queued(device))
-    for place, chunk in enumerate(chunks):
-        chunk.slot = place % NUM_SLOTS
-        chunk.settle_in(slots[chunk.slot], None if through is None else through[chunk.slot])
+class Buffers:
+    """Memory that the chunks of all schedules share: what is in work, and on its way.
 
+    Args:
+        device: Of the parameters.
+    """
 
-def _give_scratch(chunks: Sequence[HostedChunk], device: torch.device) -> None:
-    """The host works on one chunk at a time; patches of several are on their way."""
-    scratch = torch.empty(max((chunk.scratch_numel for chunk in chunks), default=0))
-    for chunk in chunks:
-        chunk.work_in(scratch)
-    patched = [chunk for chunk in chunks if isinstance(chunk, PatchedChunk)]
-    old = torch.empty(max((chunk.old_bytes for chunk in patched), default=0), dtype=torch.uint8)
-    sizes = [chunk.slot_bytes for chunk in patched]
-    packed = _buffers(sizes, torch.device("cpu"), pin_memory=order.is_queued(device))
-    received = _buffers(sizes, device)
-    for place, chunk in enumerate(patched):
-        chunk.slot = place % NUM_SLOTS
-        chunk.pack_in(old, packed[chunk.slot], received[chunk.slot])
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._buffers: dict[str, list[Tensor]] = {}
 
+    def give_slots(self, chunks: Sequence[StreamedChunk], *, has_file: bool) -> None:
+        """To the state of chunks that the device steps."""
+        sizes = [chunk.slot_bytes for chunk in chunks]
+        slots = self._get("slots", sizes, NUM_SLOTS, on_device=True)
+        through = self._get("through", sizes, NUM_SLOTS) if has_file else None
+        for place, chunk in enumerate(chunks):
+            chunk.slot = place % NUM_SLOTS
+            chunk.settle_in(slots[chunk.slot], None if through is None else through[chunk.slot])
 
-def _buffers(
-    sizes: Sequence[int], device: torch.device, *, pin_memory: bool = False
-) -> list[Tensor]:
-    most = max(sizes, default=0)
-    return [
-        torch.empty(most, dtype=torch.uint8, device=device, pin_memory=pin_memory)
-        for _ in range(NUM_SLOTS)
-    ]
+    def give_scratch(self, chunks: Sequence[HostedChunk]) -> None:
+        """To chunks that the host steps, one at a time; patches of several are on their way."""
+        [scratch] = self._get("scratch", [4 * chunk.scratch_numel for chunk in chunks], 1)
+        for chunk in chunks:
+            chunk.work_in(scratch.view(torch.float32))
+        patched = [chunk for chunk in chunks if isinstance(chunk, PatchedChunk)]
+        [old] = self._get("old", [chunk.old_bytes for chunk in patched], 1)
+        sizes = [chunk.slot_bytes for chunk in patched]
+        packed = self._get("packed", sizes, NUM_SLOTS)
+        received = self._get("received", sizes, NUM_SLOTS, on_device=True)
+        for place, chunk in enumerate(patched):
+            chunk.slot = place % NUM_SLOTS
+            chunk.pack_in(old, packed[chunk.slot], received[chunk.slot])
+
+    def _get(
+        self, name: str, sizes: Sequence[int], number: int, *, on_device: bool = False
+    ) -> list[Tensor]:
+        """Those of a name, as large as the largest of these."""
+        most, found = max(sizes, default=0), self._buffers.get(name)
+        if found is None or found[0].numel() < most:
+            device = self._device if on_device else torch.device("cpu")
+            pinned = not on_device and order.is_queued(self._device)
+            found = [
+                torch.empty(most, dtype=torch.uint8, device=device, pin_memory=pinned)
+                for _ in range(number)
+            ]
+            self._buffers[name] = found
+        return found

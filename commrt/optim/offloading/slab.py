@@ -6,6 +6,7 @@ import math
 import mmap
 import os
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ class Slab:
             _allocate(num_bytes, device) if folder is None else _map(self._file, num_bytes)
         )
         self._used = 0
+        self._close = weakref.finalize(self, os.close, self._file) if self.is_file else None
 
     @property
     def is_file(self) -> bool:
@@ -65,7 +67,8 @@ class Slab:
         mapped = self.memory
         self.memory = _allocate(mapped.numel(), torch.device("cpu"))
         copy([Copy(self.memory, FileRange(self._file, 0, mapped.numel()))])
-        os.close(self._file)
+        assert self._close is not None
+        self._close()
         self._file, self._used = -1, 0
 
     @staticmethod
@@ -95,7 +98,9 @@ def _allocate(num_bytes: int, device: torch.device) -> Tensor:
             f"offloading needs {_size(num_bytes)} of host memory, and {_size(free)} are free"
         )
     try:
-        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=order.is_queued(device))
+        return torch.zeros(
+            num_bytes, dtype=torch.uint8, device="cpu", pin_memory=order.is_queued(device)
+        )
     except RuntimeError as error:
         raise OffloadError(f"no {_size(num_bytes)} of host memory: {error}") from error
 
