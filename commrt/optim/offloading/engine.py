@@ -311,7 +311,7 @@ class Engine:
             part = batches.part(layout, layout.shard.local(parameter), own)
             part.take(parameter.grad, int(self._optimizer.state[parameter]["step"]) + 1)
             for chunk in self._schedule.serving.get(layout, ()):
-                if part not in chunk.parts and self.memory.twin(part) not in chunk.parts:
+                if part not in self._schedule.parts:
                     continue  # it has moved
                 self._missing[chunk].discard(layout)
                 if not self._missing[chunk]:
@@ -320,7 +320,7 @@ class Engine:
     def _begin_with(self, schedule: Schedule, chunk: Chunk) -> None:
         """A chunk's gradients are final."""
         if chunk in schedule.hosted:
-            self._hosts.bring(chunk)
+            self._hosts.bring(chunk, is_early=True)
         elif all(part.layout.is_apart for part in chunk.parts):
             self._each([chunk], Chunk.wait)
             options = self._options_of(schedule.groups, schedule.due[chunk])
@@ -360,16 +360,22 @@ class Engine:
     def _forget_early(self, chunks: Sequence[Chunk]) -> None:
         """Bring again what is not as it was, and what these are not among."""
         brought = [
-            chunk
+            (chunk, chunk.arrived)
             for chunk in (self._schedule.hosted if self._schedule is not None else ())
             if chunk.arrived is not None
         ]
         if not brought or self._early is None:
             return
         unchanged = self._early.unchanged()
-        for chunk in brought:
+        for chunk, arrived in brought:
             is_right = all(self._parameters[part.layout] in unchanged for part in chunk.parts)
             if chunk not in chunks or not is_right:
+                chunk.arrived = None
+                continue
+            try:
+                arrived.wait()  # from now on gradients may be changed again
+            except Exception as error:  # noqa: BLE001 - raised by the next step
+                self._failure = first_cause(error)
                 chunk.arrived = None
 
     def _scheduled(self, groups: Sequence[Group]) -> Schedule:

@@ -153,8 +153,13 @@ class Pipeline:
         self._last: list[Chunk | None] = [None] * NUM_SLOTS
         self._arrived: Done = Nothing()
 
-    def bring(self, chunk: Chunk) -> None:
-        """Copy what a chunk's step needs, if that has not been done."""
+    def bring(self, chunk: Chunk, *, is_early: bool = False) -> None:
+        """Copy what a chunk's step needs, if that has not been done.
+
+        Args:
+            chunk: Which.
+            is_early: Before its step, until which gradients may be changed, and be brought again.
+        """
         if chunk.arrived is not None:
             return
         copies = chunk.arriving()
@@ -165,8 +170,11 @@ class Pipeline:
         chunk.brought = copies
         sources = Unchanged([copy.source for copy in copies if isinstance(copy.source, Tensor)])
         # A coded tensor comes whole with the first of its chunks: if that fails, so do the others.
-        after = (now, self._arrived)
-        chunk.arrived = self._arrived = self._inbound.move(copies, after, sources.check)
+        if is_early:
+            chunk.arrived = self._inbound.move(copies, (now,))
+        else:
+            after = (now, self._arrived)
+            chunk.arrived = self._arrived = self._inbound.move(copies, after, sources.check)
 
     def gather(self, chunks: Sequence[Chunk]) -> None:
         """Return when all is there that the steps of these need."""
@@ -184,8 +192,10 @@ class Pipeline:
             step: Of each.
             begin: When gradients are final.
         """
-        for chunk in chunks if self._is_hosted else ():
-            self.bring(chunk)
+        if self._is_hosted:
+            self._arrived = Nothing()
+            for chunk in chunks:
+                self.bring(chunk)
         self.prefetch(chunks)
         for place, chunk in enumerate(chunks):
             self.bring(chunk)

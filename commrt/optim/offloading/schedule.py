@@ -55,6 +55,7 @@ class Schedule:
         due: What steps each.
         serving: The chunks of each tensor.
         groups: Options of each group.
+        parts: Of the device.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Schedule:
         place_of: Callable[[Layout], int],
     ) -> None:
         self.groups = [group for group, _ in groups]
+        self.parts = {part for _, parts in groups for part in parts}
         self.due: dict[Chunk, list[Due]] = {}
         self.serving: dict[Layout, list[Chunk]] = {}
         self._batches = batches
