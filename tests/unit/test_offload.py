@@ -646,7 +646,9 @@ def test_steps_in_backward(kind):
         for step in range(6):
             for micro in range(2):
                 losses.append(backward(model, 2 * step + micro).item())
-            begun.append(0 if optimizer.offloaded is None else len(optimizer.offloaded._begun))
+            begun.append(
+                0 if optimizer.offloaded is None else len(optimizer.offloaded._backward.begun)
+            )
             optimizer.step()
             optimizer.zero_grad()
             scheduler.step()
@@ -658,7 +660,7 @@ def test_steps_in_backward(kind):
     assert losses == other_losses
     assert_same_run(found, expected)
     assert begun[0] == 0
-    assert min(begun[2:]) >= len(found[1].offloaded._schedule.streamed) - 1
+    assert min(begun[2:]) >= len(found[1].offloaded._backward.schedule.streamed) - 1
 
 
 def test_what_may_not_be_between_backward_and_step():

@@ -13,17 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from commrt.errors import ConfigError, OffloadError
-from commrt.ops import StepOptions
-from commrt.optim.offloading.early import Early, may_come_early
+from commrt.optim.offloading.backward import Backward
 from commrt.optim.offloading.gates import Gates
 from commrt.optim.offloading.gradients import Gradients
 from commrt.optim.offloading.lanes import Done, Lane, Nothing, first_cause, until_now
 from commrt.optim.offloading.link import Copies, Copy, Link, Mover, Reading, Writing, copy
 from commrt.optim.offloading.memory import Memory
-from commrt.optim.offloading.pipeline import Chunk, Pipeline, Step, catch_up
+from commrt.optim.offloading.pipeline import Chunk, Pipeline, catch_up
 from commrt.optim.offloading.plan import Plan
 from commrt.optim.offloading.report import describe
-from commrt.optim.offloading.schedule import Buffers, Due, Group, Schedule
+from commrt.optim.offloading.schedule import Buffers, Group, Schedule
 from commrt.optim.parts import State
 from commrt.optim.sections import Layout
 from commrt.optim.states import OWED
@@ -32,9 +31,6 @@ if TYPE_CHECKING:
     from commrt.optim.base import StepOptimizer
 
 _MOST_SCHEDULES = 8
-
-Options = dict[tuple[int, int], StepOptions]
-"""By group and number of the step."""
 
 
 class Engine:
@@ -99,18 +95,9 @@ class Engine:
         self._places: dict[Layout, int] = {}
         self._failure: BaseException | None = None
         self._gates: Gates | None = None
-        self._early: Early | None = None
+        self._backward: Backward | None = None
         self._num_steps = 0
         self._last_s: float | None = None
-        self._missing: dict[Chunk, set[Layout]] = {}
-        self._in_backward = False
-        self._begun: dict[Chunk, Options] = {}
-        self._schedule: Schedule | None = None
-        self._parameters = {
-            layout: parameter
-            for parameter in optimizer._parameters()
-            for layout in optimizer._layouts[parameter]
-        }
         self.overlaps = False
 
     def overlap(self, model: nn.Module, *, in_backward: bool) -> None:
@@ -120,11 +107,12 @@ class Engine:
             model: Which.
             in_backward: Step what streams when its gradients are final.
         """
-        self._gates = Gates(model, self)
-        self._in_backward = in_backward
-        early = self._optimizer._parameters() if in_backward else self.plan.hosted
         if self._gradients.codec is None:  # which would owe twice what is encoded twice
-            self._early = Early(list(filter(may_come_early, early)), self._take)
+            self._backward = Backward(
+                self._optimizer, self.plan.hosted, self._streams, self._hosts, self._device,
+                steps_streams=in_backward,
+            )  # fmt: skip
+        self._gates = Gates(model, self)
 
     @property
     def is_lossy(self) -> bool:
@@ -134,9 +122,10 @@ class Engine:
     def adopt(self, parameter: nn.Parameter, state: State) -> State:
         """A parameter's state, kept in host memory from now on."""
         self.settle()
-        self._forget_early(())
+        if self._backward is not None:
+            self._backward.forget(())
+            self._backward.expect(None)
         self._schedules.clear()
-        self._schedule = None
         return self.memory.adopt(parameter, state)
 
     def forget_owed(self) -> None:
@@ -177,16 +166,17 @@ class Engine:
         Raises:
             OffloadError: It has failed; weights and state are those after it.
         """
-        self._each([chunk for chunk in self._running if chunk not in self._begun], Chunk.wait)
-        self._running = list(self._begun)
+        begun: Collection[Chunk] = self._backward.begun if self._backward is not None else ()
+        self._each([chunk for chunk in self._running if chunk not in begun], Chunk.wait)
+        self._running = []
         try:
             self._streams.check_prefetched()
         except Exception as error:  # noqa: BLE001 - raised below
             self._failure = first_cause(error)
         self._gradients.begin()
-        if is_unscaled and self._early is not None:
-            self._early.was_wrong = True
-        if self._in_backward and is_scaled:
+        if is_unscaled and self._backward is not None:
+            self._backward.distrust()
+        if is_scaled and self._backward is not None and self._backward.steps_streams:
             raise ConfigError("in_backward=True with GradScaler, which may leave a step out")
         if isinstance(self._failure, OffloadError):
             raise OffloadError(str(self._failure)) from self._failure
@@ -198,8 +188,9 @@ class Engine:
 
     def skip(self) -> None:
         """There is no step this time."""
-        self._forget_early(())
-        self._expect()
+        if self._backward is not None:
+            self._backward.forget(())
+            self._backward.expect(self._backward.schedule)
 
     def update(self, groups: Sequence[Group], factor: Tensor | None) -> None:
         """Step the parts of these groups, which have taken their gradients."""
@@ -208,8 +199,11 @@ class Engine:
             (group, [self.memory.twin(part) or part for part in parts]) for group, parts in groups
         ]
         schedule = self._scheduled(groups)
-        self._check_begun(schedule, groups)
-        self._forget_early(schedule.hosted)
+        begun: Collection[Chunk] = ()
+        if self._backward is not None:
+            self._backward.check(schedule, groups)
+            self._failure = self._backward.forget(schedule.hosted)
+            begun = self._backward.begun
         if self._optimizer._READS_MOMENTA:
             self._hosts.gather(schedule.hosted)
         self._optimizer._prepare(there, factor)
@@ -218,7 +212,7 @@ class Engine:
             self._lanes[0].uses([factor])
         self._running = [*schedule.hosted, *schedule.streamed]
         self._serving = schedule.serving
-        bind = functools.partial(self._bind, schedule, self._options(groups))
+        bind = functools.partial(schedule.bind, [group for group, _ in groups])
         if schedule.hosted:
             copies = self.memory.stale([part for _, parts in groups for part in parts])
             if factor is not None:
@@ -228,11 +222,11 @@ class Engine:
             host_factor = None if factor is None else self._host_factor
             self._hosts.run(schedule.hosted, functools.partial(bind, host_factor), known)
         self._streams.forget_prefetched(schedule.streamed)
-        streamed = [chunk for chunk in schedule.streamed if chunk not in self._begun]
+        streamed = [chunk for chunk in schedule.streamed if chunk not in begun]
         self._streams.run(streamed, functools.partial(bind, factor), begin)
         self._streams.prefetch(schedule.streamed)
-        self._schedule = schedule
-        self._expect()
+        if self._backward is not None:
+            self._backward.expect(schedule)
         for _, parts in groups:
             for part in parts:
                 part.let_go()
@@ -246,7 +240,7 @@ class Engine:
         """What is where, what crosses the link, and how long a step should take, as a text."""
         self.settle()
         note = None
-        if self._early is not None and self._early.was_wrong:
+        if self._backward is not None and self._backward.was_wrong:
             note = "gradients come in the step: they were changed after backward"
         return describe(
             self.link, self.plan, host_bytes=self.memory.num_bytes, steps=self._num_steps,
@@ -255,7 +249,7 @@ class Engine:
 
     def wait(self, parameters: Collection[nn.Parameter] | None = None) -> None:
         """Return when these weights, or all, are those after the step."""
-        chunks = self._running
+        chunks: Sequence[Chunk] = self._in_flight
         if parameters is not None and chunks:
             layouts = [layout for p in parameters for layout in self._optimizer._layouts.get(p, ())]
             chunks = [chunk for layout in layouts for chunk in self._serving.get(layout, ())]
@@ -263,7 +257,7 @@ class Engine:
 
     def reorder(self, parameters: Sequence[nn.Parameter]) -> None:
         """Step parameters in this order from now on; others come last."""
-        if self._in_backward:
+        if self._backward is not None and self._backward.steps_streams:
             parameters = parameters[::-1]
         layouts = [layout for p in parameters for layout in self._optimizer._layouts.get(p, ())]
         self._places = {layout: place for place, layout in reversed(list(enumerate(layouts)))}
@@ -272,15 +266,20 @@ class Engine:
 
     def settle(self) -> None:
         """Return when all state is back in its place, too."""
-        self._each(self._running, Chunk.settle)
+        self._each(self._in_flight, Chunk.settle)
         self._running = []
+
+    @property
+    def _in_flight(self) -> list[Chunk]:
+        """Of the last step, and of the backward that goes on."""
+        return [*self._running, *(self._backward.begun if self._backward is not None else ())]
 
     def release(self) -> None:
         """Give the optimizer its state back, on the device, and end."""
         self.settle()
-        if self._begun:
+        if self._backward is not None and self._backward.begun:
             raise OffloadError("weights were stepped in backward: step() must come first")
-        for hooks in (self._gates, self._early):
+        for hooks in (self._gates, self._backward):
             if hooks is not None:
                 hooks.remove()
         for parameter in self._optimizer._parameters():
@@ -290,93 +289,6 @@ class Engine:
         for lane in (*self._disk, *self._lanes):
             lane.close()
         self.link.close()
-
-    def _expect(self) -> None:
-        """Other gradients, which may come early."""
-        if self._early is not None and self._schedule is not None:
-            self._early.end()
-            self._begun = {}
-            self._missing = {
-                chunk: {part.layout for part in chunk.parts}
-                for chunk in (*self._schedule.hosted, *self._schedule.streamed)
-            }
-
-    def _take(self, parameter: nn.Parameter) -> None:
-        """Bring what this gradient completes."""
-        if self._schedule is None:
-            return
-        assert parameter.grad is not None
-        batches = self._optimizer._batches
-        for layout, own in self._optimizer._kept_of(parameter):
-            part = batches.part(layout, layout.shard.local(parameter), own)
-            part.take(parameter.grad, int(self._optimizer.state[parameter]["step"]) + 1)
-            for chunk in self._schedule.serving.get(layout, ()):
-                if part not in self._schedule.parts:
-                    continue  # it has moved
-                self._missing[chunk].discard(layout)
-                if not self._missing[chunk]:
-                    self._begin_with(self._schedule, chunk)
-
-    def _begin_with(self, schedule: Schedule, chunk: Chunk) -> None:
-        """A chunk's gradients are final."""
-        if chunk in schedule.hosted:
-            self._hosts.bring(chunk, is_early=True)
-        elif all(part.layout.is_apart for part in chunk.parts):
-            self._each([chunk], Chunk.wait)
-            options = self._options_of(schedule.groups, schedule.due[chunk])
-            self._begun[chunk] = options
-            self._running.append(chunk)
-            self._serving = schedule.serving
-            for part in chunk.parts:
-                torch.autograd.graph.increment_version(self._parameters[part.layout])
-            self._streams.bring(chunk)
-            self._streams.step(
-                chunk, self._bind(schedule, options, None, chunk), until_now(self._device)
-            )
-            self._streams.prefetch([c for c in schedule.streamed if c not in self._begun])
-
-    def _check_begun(self, schedule: Schedule, groups: Sequence[Group]) -> None:
-        """Raise OffloadError if what was stepped in backward should not have been."""
-        if not self._begun:
-            return
-        assert self._early is not None
-        given = [group for group, _ in groups]
-        unchanged = self._early.unchanged()
-        parameters = {self._parameters[part.layout] for c in self._begun for part in c.parts}
-        if (
-            schedule is not self._schedule
-            or not parameters <= unchanged
-            or any(
-                options != self._options_of(given, schedule.due[chunk])
-                for chunk, options in self._begun.items()
-            )
-        ):
-            raise OffloadError(
-                "with in_backward weights were stepped in backward, and then gradients, their "
-                "number or options (the learning rate, say) were changed before step(): they must "
-                "not be"
-            )
-
-    def _forget_early(self, chunks: Sequence[Chunk]) -> None:
-        """Bring again what is not as it was, and what these are not among."""
-        brought = [
-            (chunk, chunk.arrived)
-            for chunk in (self._schedule.hosted if self._schedule is not None else ())
-            if chunk.arrived is not None
-        ]
-        if not brought or self._early is None:
-            return
-        unchanged = self._early.unchanged()
-        for chunk, arrived in brought:
-            is_right = all(self._parameters[part.layout] in unchanged for part in chunk.parts)
-            if chunk not in chunks or not is_right:
-                chunk.arrived = None
-                continue
-            try:
-                arrived.wait()  # from now on gradients may be changed again
-            except Exception as error:  # noqa: BLE001 - raised by the next step
-                self._failure = first_cause(error)
-                chunk.arrived = None
 
     def _scheduled(self, groups: Sequence[Group]) -> Schedule:
         key = tuple(
@@ -391,43 +303,9 @@ class Engine:
             self._schedules[key] = Schedule(
                 groups, self._optimizer._batches, self.memory, self._gradients, self._is_patched,
                 self._chunk_bytes, self._buffers,
-                lambda layout: self._places.get(layout, last),
+                lambda layout: self._places.get(layout, last), self._optimizer._options,
             )  # fmt: skip
         return self._schedules[key]
-
-    def _options_of(self, groups: Sequence[dict[str, Any]], dues: Sequence[Due]) -> Options:
-        """Those that some ops take."""
-        return {
-            (due.group, due.part.step): self._optimizer._options(groups[due.group], due.part.step)
-            for due in dues
-        }
-
-    def _options(self, groups: Sequence[Group]) -> Options:
-        """By group and number of the step, as they are now."""
-        return {
-            (number, step): self._optimizer._options(group, step)
-            for number, (group, parts) in enumerate(groups)
-            for step in {part.step for part in parts}
-        }
-
-    def _bind(
-        self,
-        schedule: Schedule,
-        options: Options,
-        factor: Tensor | None,
-        chunk: Chunk,
-    ) -> Step:
-        seed_of = self._optimizer._batches.seed_of
-        bound = [
-            due.call.bind(options[due.group, due.part.step], factor, seed_of, chunk.grad_of)
-            for due in schedule.due[chunk]
-        ]
-
-        def step() -> None:
-            for call in bound:
-                call()
-
-        return step
 
     def _each(self, chunks: Sequence[Chunk], wait_for: Callable[[Chunk], Any]) -> None:
         try:
@@ -438,7 +316,7 @@ class Engine:
 
     def _recover(self, failure: BaseException) -> None:
         """Take the step to its end in this thread."""
-        for chunk in self._running:
+        for chunk in self._in_flight:
             for done in (chunk.ready, chunk.left):
                 with contextlib.suppress(Exception):
                     done.settle()
@@ -453,10 +331,10 @@ class Engine:
             self._running = []
             raise failure
         try:
-            catch_up(self._running)
+            catch_up(self._in_flight)
         except OSError:
             if not self.memory.slab.is_file:
                 raise
             self.memory.leave_the_file()
-            catch_up(self._running)
+            catch_up(self._in_flight)
         self._running = []

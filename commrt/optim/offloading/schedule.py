@@ -9,17 +9,20 @@ import torch
 from torch import Tensor
 
 from commrt.collectives import order
+from commrt.ops import StepOptions
 from commrt.optim.batches import Batches, Call
 from commrt.optim.offloading.chunks import Row, chunks_of
 from commrt.optim.offloading.gradients import Gradients
 from commrt.optim.offloading.hosted import HostedChunk, PatchedChunk
 from commrt.optim.offloading.memory import Memory
-from commrt.optim.offloading.pipeline import NUM_SLOTS, Chunk
+from commrt.optim.offloading.pipeline import NUM_SLOTS, Chunk, Step
 from commrt.optim.offloading.streamed import StreamedChunk
 from commrt.optim.parts import Part
 from commrt.optim.sections import Layout
 
 Group = tuple[dict[str, Any], Sequence[Part]]
+Options = dict[tuple[int, int], StepOptions]
+"""By number of the group, and of the step."""
 
 
 class Due(NamedTuple):
@@ -48,6 +51,7 @@ class Schedule:
         chunk_bytes: Of state that are stepped at a time.
         buffers: For the chunks to work in.
         place_of: Of a tensor in the order of steps.
+        options_of: The coefficients of a group in a step.
 
     Attributes:
         streamed: In the order of their steps.
@@ -68,7 +72,9 @@ class Schedule:
         chunk_bytes: int,
         buffers: Buffers,
         place_of: Callable[[Layout], int],
+        options_of: Callable[[dict[str, Any], int], StepOptions],
     ) -> None:
+        self._options_of = options_of
         self.groups = [group for group, _ in groups]
         self.parts = {part for _, parts in groups for part in parts}
         self.due: dict[Chunk, list[Due]] = {}
@@ -102,6 +108,29 @@ class Schedule:
             chunk.forget_grads()
             for part in chunk.parts:
                 self.serving.setdefault(part.layout, []).append(chunk)
+
+    def options(self, groups: Sequence[dict[str, Any]], chunk: Chunk) -> Options:
+        """The coefficients that a chunk's step takes, as they are now."""
+        return {
+            (due.group, due.part.step): self._options_of(groups[due.group], due.part.step)
+            for due in self.due[chunk]
+        }
+
+    def bind(self, groups: Sequence[dict[str, Any]], factor: Tensor | None, chunk: Chunk) -> Step:
+        """A chunk's step, with gradients and coefficients as they are now."""
+        options = self.options(groups, chunk)
+        bound = [
+            due.call.bind(
+                options[due.group, due.part.step], factor, self._batches.seed_of, chunk.grad_of
+            )
+            for due in self.due[chunk]
+        ]
+
+        def step() -> None:
+            for call in bound:
+                call()
+
+        return step
 
     def _rows(self, parts: Mapping[Part, Any] | Sequence[Part]) -> Iterator[Row]:
         for part in parts:
