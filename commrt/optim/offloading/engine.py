@@ -122,6 +122,7 @@ class Engine:
     def adopt(self, parameter: nn.Parameter, state: State) -> State:
         """A parameter's state, kept in host memory from now on."""
         self.settle()
+        self._check_none_begun()
         if self._backward is not None:
             self._backward.forget(())
             self._backward.expect(None)
@@ -277,8 +278,7 @@ class Engine:
     def release(self) -> None:
         """Give the optimizer its state back, on the device, and end."""
         self.settle()
-        if self._backward is not None and self._backward.begun:
-            raise OffloadError("weights were stepped in backward: step() must come first")
+        self._check_none_begun()
         for hooks in (self._gates, self._backward):
             if hooks is not None:
                 hooks.remove()
@@ -289,6 +289,12 @@ class Engine:
         for lane in (*self._disk, *self._lanes):
             lane.close()
         self.link.close()
+
+    def _check_none_begun(self) -> None:
+        if self._backward is not None and self._backward.begun:
+            raise OffloadError(
+                "weights were stepped in backward: step() must come before another state, or none"
+            )
 
     def _scheduled(self, groups: Sequence[Group]) -> Schedule:
         key = tuple(
