@@ -126,8 +126,7 @@ class StatefulOptimizer(Optimizer):
             StateError: A tensor has another shape or dtype than this optimizer's would have.
         """
         if self.offloaded is not None:
-            self.offloaded.settle()
-            self.offloaded.forget_owed()
+            self.offloaded.make_way()
         loaded: dict[nn.Parameter, State] = {}
         seconds: dict[Layout, Tensor] = {}
 

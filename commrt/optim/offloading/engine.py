@@ -129,8 +129,10 @@ class Engine:
         self._schedules.clear()
         return self.memory.adopt(parameter, state)
 
-    def forget_owed(self) -> None:
-        """Owe nothing: another state is loaded."""
+    def make_way(self) -> None:
+        """Another state is loaded."""
+        self.settle()
+        self._check_none_begun()
         self._gradients.forget_owed()
 
     def owed(self, parameter: nn.Parameter) -> State:
