@@ -75,7 +75,7 @@ class Gradients:
                 return []
             self._sent.add(host.layout)
             seed = self._seed_of(device.layout, device.step)
-            return [self._of(device.layout, device.grad).encode(device.grad, seed)]
+            return [self._coded[device.layout].encode(device.grad, seed)]
         if device.grad.element_size() > host.grad.element_size() and self.is_exact:
             raise ConfigError(
                 f"a gradient of {host.layout.shard.name!r} is {device.grad.dtype}: must be "
@@ -110,17 +110,17 @@ class Gradients:
         """Owe this much of a tensor; returns whether that can be."""
         if not self.is_coded(layout):
             return not value.count_nonzero()
-        return self._of(layout, value).owe(value)
+        return self._coded[layout].owe(value)
+
+    def reserve(self, layout: Layout, like: Tensor) -> None:
+        """Memory for a coded tensor, before its first gradient."""
+        assert self.codec is not None
+        self._coded[layout] = _Coded(self.codec, like.numel(), like.device)
 
     def forget_owed(self) -> None:
         """Owe nothing."""
-        self._coded.clear()
-
-    def _of(self, layout: Layout, like: Tensor) -> _Coded:
-        assert self.codec is not None
-        if layout not in self._coded:
-            self._coded[layout] = _Coded(self.codec, like.numel(), like.device)
-        return self._coded[layout]
+        for coded in self._coded.values():
+            coded.forget()
 
 
 class _Coded:
@@ -154,6 +154,10 @@ class _Coded:
         value = torch.empty(self._numel, device=self._residual.device)
         self._codec.decode_residual(self._residual, value)
         return value
+
+    def forget(self) -> None:
+        if self._residual is not None:
+            self._residual.zero_()
 
     def owe(self, value: Tensor) -> bool:
         fmt = self._codec.residual_fmt

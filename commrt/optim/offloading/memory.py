@@ -92,7 +92,9 @@ class Memory:
         self._parts: dict[Layout, Part] = {}
         for layout, weights in mirrored:
             mirror = grad = copies.cut(weights.shape, weights.dtype)
-            if not gradients.is_coded(layout):  # else it is never here whole
+            if gradients.is_coded(layout):  # it is never here whole
+                gradients.reserve(layout, weights)
+            else:
                 grad = copies.cut(weights.shape, gradients.dtype(weights.dtype))
             known = torch.zeros((), dtype=torch.int64, device=device)
             self._mirrors[layout] = Mirror(mirror, grad.view(-1), known, [-1])
