@@ -16,6 +16,7 @@ from commrt.errors import ConfigError, OffloadError
 from commrt.optim import AdamMini, AdamW8bit, Adan, Lion, MoFO, offload
 from commrt.optim.offloading import link as links
 from commrt.optim.offloading import plan, slab
+from commrt.optim.offloading.checksums import checksum
 from commrt.training.config import ModelConfig
 from commrt.training.model import GPT
 from tests.unit.test_adam_mini import assert_same, backward, train
@@ -779,3 +780,13 @@ def test_second_moments_after_a_codec_comes_and_goes():
         if one.dim() > 1:
             second, of_run = exact[1].state[one]["exp_avg_sq"], run[1].state[other]["exp_avg_sq"]
             torch.testing.assert_close(of_run, second)
+
+
+def test_checksums_of_parts_add_up():
+    """Wherever a tensor is cut."""
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        values = torch.randn(1003).to(dtype)
+        for cut in (0, 1, 2, 3, 4, 500, 1003):
+            parts = checksum(values[:cut]) + checksum(values[cut:], cut)
+            assert parts == checksum(values)

@@ -7,12 +7,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-_INTEGERS = {4: torch.int32, 2: torch.int16}
+_WORD = 8
 
 
-def checksum(values: Tensor) -> Tensor:
-    """Sum of the bits of an fp32, bf16 or fp16 tensor, int64; those of its parts add up to it."""
-    return values.view(_INTEGERS[values.element_size()]).sum(dtype=torch.int64)
+def checksum(values: Tensor, start: int = 0) -> Tensor:
+    """Sum of a tensor's bits, in words of 64 of them; those of its parts add up to it.
+
+    Args:
+        values: fp32, bf16 or fp16.
+        start: Place of the first element in the whole tensor.
+    """
+    flat = values.contiguous().view(-1)
+    size = flat.element_size()
+    phase = start * size % _WORD
+    if phase or flat.data_ptr() % _WORD or flat.numel() * size % _WORD:
+        before, words = phase // size, -(-(phase + flat.numel() * size) // _WORD)
+        padded = flat.new_zeros(words * _WORD // size)
+        padded[before : before + flat.numel()] = flat
+        flat = padded
+    return flat.view(torch.int64).sum()
 
 
 def differ(pairs: Sequence[tuple[Tensor, Tensor]]) -> list[bool]:

@@ -89,7 +89,7 @@ class HostedChunk(Chunk):
         """See :class:`Chunk`."""
         for row, device in self._both():
             device.write_back()
-            self._memory.went(device, row.piece.elements_of(device.weights))
+            self._memory.went(device, row.piece)
 
     def _both(self) -> Iterator[tuple[Row, Part]]:
         for row in self.rows:

@@ -16,6 +16,7 @@ from commrt.optim.offloading.link import Copy
 from commrt.optim.offloading.slab import Slab
 from commrt.optim.parts import Part, State, flat
 from commrt.optim.sections import Layout
+from commrt.optim.shards import Piece
 from commrt.optim.states import of_weights
 
 if TYPE_CHECKING:
@@ -156,10 +157,11 @@ class Memory:
             mirror.version[0] = part.version
         return copies
 
-    def went(self, part: Part, weights: Tensor) -> None:
+    def went(self, part: Part, piece: Piece) -> None:
         """Some of a part's weights have come to the device."""
         if self._sends_patches or "master" not in part.given:
-            self._mirrors[part.layout].checksum.add_(checksum(weights))
+            weights = piece.elements_of(part.weights)
+            self._mirrors[part.layout].checksum.add_(checksum(weights, piece.start))
 
     def release(self, parameter: nn.Parameter, device: torch.device) -> None:
         """Copy a parameter's state to a device."""
