@@ -50,7 +50,7 @@ def offload(
         mode: Where a step is taken. "stream": on the device, to which the moments come in chunks,
             and go back. "cpu": on the host, to which gradients come, and from which weights go;
             master weights are there, too. "auto": some there, some here, by the measured rates of
-            link, device and host; :meth:`commrt.optim.Engine.report` says how.
+            link, device and host; ``optimizer.offloaded.report()`` says how.
         model: Lets ``step()`` return at once, and each layer of this model wait for its own weights
             in the next forward; gradients come to the host during backward. Weights that are read
             elsewhere before that forward ends must be waited for: ``optimizer.offloaded.wait()``;
