@@ -790,3 +790,4 @@ def test_checksums_of_parts_add_up():
         for cut in (0, 1, 2, 3, 4, 500, 1003):
             parts = checksum(values[:cut]) + checksum(values[cut:], cut)
             assert parts == checksum(values)
+        assert checksum(torch.cat([values[:1], values])[1:]) == checksum(values)

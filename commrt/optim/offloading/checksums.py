@@ -20,7 +20,7 @@ def checksum(values: Tensor, start: int = 0) -> Tensor:
     flat = values.contiguous().view(-1)
     size = flat.element_size()
     phase = start * size % _WORD
-    if phase or flat.data_ptr() % _WORD or flat.numel() * size % _WORD:
+    if phase or flat.storage_offset() * size % _WORD or flat.numel() * size % _WORD:
         before, words = phase // size, -(-(phase + flat.numel() * size) // _WORD)
         padded = flat.new_zeros(words * _WORD // size)
         padded[before : before + flat.numel()] = flat
