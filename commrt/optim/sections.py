@@ -89,6 +89,11 @@ class Layout:
             self.columns = tuple(_column_sections(shard, blocks, self.pieces))
 
     @property
+    def numel(self) -> int:
+        """Elements that the rank has."""
+        return sum(piece.rows * piece.cols for piece in self.pieces)
+
+    @property
     def is_apart(self) -> bool:
         """Whether its step needs nothing of other tensors, ranks, or sums over its rows."""
         return all(section.is_whole for section in self.sections) and not self.columns

@@ -54,14 +54,14 @@ class Gradients:
 
     def is_coded(self, layout: Layout) -> bool:
         """Whether the codec holds for a tensor."""
-        is_large = sum(p.rows * p.cols for p in layout.pieces) >= _LEAST_CODED_NUMEL
+        is_large = layout.numel >= _LEAST_CODED_NUMEL
         return self.codec is not None and is_large and len(layout.shard.shape) > 1
 
-    def bytes_of(self, layout: Layout, numel: int, weights: torch.dtype) -> int:
-        """That come for a tensor of so many elements."""
+    def bytes_of(self, layout: Layout, weights: torch.dtype) -> int:
+        """That come for a tensor."""
         if self.codec is not None and self.is_coded(layout):
-            return self.codec.payload_bytes(self.codec.num_blocks(numel))
-        return numel * self.dtype(weights).itemsize
+            return self.codec.payload_bytes(self.codec.num_blocks(layout.numel))
+        return layout.numel * self.dtype(weights).itemsize
 
     @property
     def is_exact(self) -> bool:

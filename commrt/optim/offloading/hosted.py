@@ -126,10 +126,9 @@ class PatchedChunk(HostedChunk):
         old, at = [], 0
         for row in self.rows:
             weights = row.piece.elements_of(row.part.weights)
-            num_bytes = weights.numel() * weights.element_size()
-            old.append(self._old[at : at + num_bytes].view(weights.dtype))
+            old.append(self._old[at : at + weights.nbytes].view(weights.dtype))
             old[-1].copy_(weights)
-            at += aligned(num_bytes)
+            at += aligned(weights.nbytes)
         super().step()
         self._patches, at = [], 0
         for row, before in zip(self.rows, old, strict=True):

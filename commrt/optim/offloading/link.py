@@ -66,7 +66,7 @@ class Copy(NamedTuple):
         """That are copied."""
         tensor = self.source if isinstance(self.source, Tensor) else self.to
         assert isinstance(tensor, Tensor)
-        return tensor.numel() * tensor.element_size()
+        return tensor.nbytes
 
 
 Copies = Sequence[Copy]

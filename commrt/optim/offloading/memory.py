@@ -200,7 +200,7 @@ class Memory:
 
 def streaming(optimizer: StepOptimizer, layout: Layout, state: State) -> set[str]:
     """Names of the state that is kept in host memory while the device steps a tensor."""
-    if sum(piece.rows * piece.cols for piece in layout.pieces) < _LEAST_MOVED_NUMEL:
+    if layout.numel < _LEAST_MOVED_NUMEL:
         return set()
     moments = optimizer._moments(layout)
     return {name for name in state if name.removesuffix("_scale") in moments}

@@ -169,10 +169,10 @@ class Pipeline:
             return
         chunk.brought = copies
         sources = Unchanged([copy.source for copy in copies if isinstance(copy.source, Tensor)])
-        # A coded tensor comes whole with the first of its chunks: if that fails, so do the others.
         if is_early:
             chunk.arrived = self._inbound.move(copies, (now,))
         else:
+            # A coded tensor comes whole with the first of its chunks: if it fails, so do others.
             after = (now, self._arrived)
             chunk.arrived = self._arrived = self._inbound.move(copies, after, sources.check)
 
@@ -196,11 +196,13 @@ class Pipeline:
             self._arrived = Nothing()
             for chunk in chunks:
                 self.bring(chunk)
-        self.prefetch(chunks)
+        else:
+            self.prefetch(chunks)
         for place, chunk in enumerate(chunks):
             self.bring(chunk)
             self.step(chunk, step(chunk), begin)
-            self.prefetch(chunks[place + 1 :])
+            if not self._is_hosted:
+                self.prefetch(chunks[place + 1 : place + 1 + NUM_SLOTS])
 
     def prefetch(self, chunks: Sequence[Chunk]) -> None:
         """Bring what the steps of these begin with, as far as there are slots."""
@@ -269,14 +271,12 @@ class Pipeline:
 
 def catch_up(chunks: Sequence[Chunk]) -> None:
     """Do in the calling thread what lanes have left undone."""
-    for chunk in chunks:
+    for chunk in sorted(chunks, key=lambda chunk: not chunk.is_stepped):  # these free their slots
         chunk.arrived = None
-        if chunk.is_stepped:
-            copy(chunk.leaving())
-            chunk.finish()
-    for chunk in chunks:
-        if chunk.due is not None:
+        if chunk.due is None:
+            continue
+        if not chunk.is_stepped:
             copy(chunk.brought or chunk.arriving())
             chunk.step()
-            copy(chunk.leaving())
-            chunk.finish()
+        copy(chunk.leaving())
+        chunk.finish()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from commrt.collectives import order
 from commrt.optim.offloading.gradients import Gradients
@@ -99,12 +99,11 @@ def _load(
     size = parameter.element_size()
     numel = state_bytes = grad_bytes = 0
     for layout in optimizer._layouts[parameter]:
-        own = sum(piece.rows * piece.cols for piece in layout.pieces)
         state = optimizer._new_part(layout, torch.device("meta"))
         names = streaming(optimizer, layout, state)
-        state_bytes += sum(_bytes_of(flat(state[name])) for name in names)
-        grad_bytes += gradients.bytes_of(layout, own, parameter.dtype)
-        numel += own
+        state_bytes += sum(flat(state[name]).nbytes for name in names)
+        grad_bytes += gradients.bytes_of(layout, parameter.dtype)
+        numel += layout.numel
     share = PATCHED_SHARE if is_patched and size == 2 else 1.0
     return Load(
         parameter=parameter,
@@ -162,7 +161,7 @@ def _link_rate(link: Link, direction: Direction, *, is_up: bool) -> float:
 def _step_rate(optimizer: StepOptimizer, device: torch.device) -> float:
     """Of one of the larger tensors, by steps of zeros."""
     pairs = [(p, layout) for p in optimizer._parameters() for layout in optimizer._layouts[p]]
-    sizes = [sum(piece.rows * piece.cols for piece in layout.pieces) for _, layout in pairs]
+    sizes = [layout.numel for _, layout in pairs]
     numel = max((size for size in sizes if size <= _PROBE_NUMEL), default=min(sizes))
     parameter, layout = pairs[sizes.index(numel)]
     meta = torch.device("meta")
@@ -196,7 +195,3 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - begin)
     return min(seconds[1:])
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -74,7 +74,7 @@ class Slab:
     @staticmethod
     def bytes_for(tensors: Sequence[Tensor]) -> int:
         """How many these tensors take."""
-        return sum(aligned(tensor.numel() * tensor.element_size()) for tensor in tensors)
+        return sum(aligned(tensor.nbytes) for tensor in tensors)
 
     def cut(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """The next tensor, whose storage begins with it: a copy of it is not one of all."""
@@ -87,7 +87,7 @@ class Slab:
     def range_of(self, tensor: Tensor) -> tuple[int, int] | None:
         """Where a contiguous tensor begins and ends in it, if it is in it."""
         begin = tensor.data_ptr() - self.memory.data_ptr()
-        end = begin + tensor.numel() * tensor.element_size()
+        end = begin + tensor.nbytes
         return (begin, end) if 0 <= begin < end <= self.memory.numel() else None
 
 
