@@ -2,7 +2,7 @@
 
 Gradients to payloads and back, in this file; the steps of optimizers, which work on lists of
 :class:`StepTensor`, in :mod:`commrt.ops.steps`; what changed of weights, in
-:mod:`commrt.ops.patches`.
+:mod:`commrt.ops.patches`; subtractive dither, in :mod:`commrt.ops.dither`.
 
 Ops write into tensors the caller allocated, never allocate or synchronise, and work on windows of
 whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tensor lie at blocks
@@ -20,6 +20,7 @@ from torch import Tensor
 from commrt.errors import ConfigError
 from commrt.ops.arrays import takes_arrays
 from commrt.ops.batch import StepBatch
+from commrt.ops.dither import dither_dequantise, dither_quantise, lmmse_combine, scale_rows
 from commrt.ops.format import FLOAT_DTYPES, MAX_BETA, BlockFormat
 from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor
 from commrt.ops.native import status
@@ -43,8 +44,11 @@ __all__ = [
     "decode_average",
     "decode_average_encode",
     "decode_moment",
+    "dither_dequantise",
+    "dither_quantise",
     "encode_moment",
     "lion_",
+    "lmmse_combine",
     "loco_encode",
     "mofo_",
     "patch_apply_",
@@ -52,6 +56,7 @@ __all__ = [
     "patch_capacity",
     "patch_encode",
     "rescale_",
+    "scale_rows",
     "square_sums",
     "status",
 ]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from commrt.ops import reference
-from commrt.ops.native import blocks, patches, steps
+from commrt.ops.native import blocks, dither, patches, steps
 from commrt.ops.native.module import native, status, through_shim, why_no_cuda
 
 __all__ = ["native", "status", "through_shim"]
@@ -34,14 +34,14 @@ def _on_gpu(kernel: Callable[..., None]) -> Callable[..., None]:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("commrt", "DEF")
-    for schema in (*blocks.SCHEMAS, *patches.SCHEMAS, *steps.SCHEMAS):
+    for schema in (*blocks.SCHEMAS, *dither.SCHEMAS, *patches.SCHEMAS, *steps.SCHEMAS):
         name = library.define(schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"commrt::{name}", lambda *args: None, lib=library)
     if native is not None:
         for kernel in patches.CPU_KERNELS:
             library.impl(kernel.__name__, kernel, "CPU")
-        for kernel in (*blocks.KERNELS, *patches.KERNELS, *steps.KERNELS):
+        for kernel in (*blocks.KERNELS, *dither.KERNELS, *patches.KERNELS, *steps.KERNELS):
             library.impl(kernel.__name__, kernel, "CPU")
             if native.cuda == "nvcc":
                 library.impl(kernel.__name__, _on_gpu(kernel), "CUDA")

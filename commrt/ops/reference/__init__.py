@@ -15,11 +15,20 @@ from commrt.ops.reference.blocks import (
     philox,
     rescale_,
 )
+from commrt.ops.reference.dither import (
+    STREAM_DITHER,
+    dither_dequantise,
+    dither_quantise,
+    lmmse_combine,
+    nearest_e8,
+    scale_rows,
+)
 from commrt.ops.reference.patches import patch_apply_, patch_encode
 from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
 __all__ = [
     "STREAM_CODES",
+    "STREAM_DITHER",
     "STREAM_RESIDUAL",
     "adam_mini_",
     "adamw_",
@@ -28,12 +37,17 @@ __all__ = [
     "block_encode",
     "decode_average",
     "decode_average_encode",
+    "dither_dequantise",
+    "dither_quantise",
     "lion_",
+    "lmmse_combine",
     "loco_encode",
     "mofo_",
+    "nearest_e8",
     "patch_apply_",
     "patch_encode",
     "philox",
     "rescale_",
+    "scale_rows",
     "square_sums",
 ]
