@@ -8,19 +8,14 @@
 #include <iterator>
 #include <stdexcept>
 
+#include "bind.h"
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
-#include "cuda/ops.h"
 
 namespace nb = nanobind;
 using namespace commrt;
 
 namespace {
-
-using Address = std::uintptr_t;
-using Index = std::int64_t;
-
-constexpr Index kGrainElements = 32 * 1024;  // a piece of work stays in the second-level cache
 
 // (address, dtype, elements, index in the whole tensor of the first one)
 struct WindowArg : Window {
@@ -111,9 +106,7 @@ Index units_of(const SquaresTensor& tensor) {
 }
 
 // Where an op runs: on threads of the CPU, or queued on a GPU's stream.
-struct Threads {
-  int count;
-
+struct Threads : ThreadCount {
   void run(const BlockEncodeArgs& args, Index num_blocks) const {
     spread(active_kernels().block_encode, args, num_blocks, args.format.block);
   }
@@ -342,17 +335,21 @@ NB_MODULE(_C, m) {
       .def(nb::init<Address, int, Index, Index, Address, bool>());
   nb::class_<StepOptionsArg>(m, "StepOptions").def(nb::init<const std::vector<double>&, Address>());
 
-  nb::class_<Threads>(m, "Threads").def(nb::init<int>());
+  nb::class_<ThreadCount>(m, "ThreadCount");
+  nb::class_<Threads, ThreadCount>(m, "Threads").def(nb::init<int>());
   define_ops<Threads>(m);
   m.def("patch_encode", &patch_encode);
 
   // "none", "nvcc", or "shim", which takes addresses of the CPU.
   m.attr("cuda") = COMMRT_CUDA_NAME;
 #if defined(COMMRT_CUDA)
-  nb::class_<Queue>(m, "Queue").def(nb::init<std::uintptr_t>());
+  nb::class_<cuda::Queue>(m, "DeviceQueue");
+  nb::class_<Queue, cuda::Queue>(m, "Queue").def(nb::init<std::uintptr_t>());
   define_ops<Queue>(m);
   m.def("cuda_device_count", &cuda::device_count);
 #endif
+
+  bind_dither(m);
 
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);

@@ -1,6 +1,7 @@
 // The ops for one instruction set; each works on blocks, or units of a list, [begin, end).
 #pragma once
 
+#include "../dither.h"
 #include "../ops.h"
 #include "../step.h"
 #include "patch_piece.h"
@@ -26,6 +27,10 @@ struct Kernels {
   float (*read)(const float* from, std::int64_t numel);
   bool (*patch_apply)(const PatchApplyArgs&, std::int64_t begin, std::int64_t end);
   void (*patch_encode)(const PatchEncodeArgs&, PatchPiece&, std::int64_t begin, std::int64_t end);
+  void (*dither_quantise)(const DitherQuantiseArgs&, std::int64_t begin, std::int64_t end);
+  void (*dither_dequantise)(const DitherDequantiseArgs&, std::int64_t begin, std::int64_t end);
+  void (*scale_rows)(const ScaleRowsArgs&, std::int64_t begin, std::int64_t end);
+  void (*lmmse_combine)(const LmmseCombineArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace commrt

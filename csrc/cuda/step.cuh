@@ -3,23 +3,15 @@
 
 #include "../math/moment.h"
 #include "../math/second.h"
+#include "lane.cuh"
 #include "tile.cuh"
 
 namespace commrt::cuda {
 
-using V = float;
-__device__ __forceinline__ V broadcast(float x) { return x; }
-__device__ __forceinline__ V add(V a, V b) { return a + b; }
-__device__ __forceinline__ V sub(V a, V b) { return a - b; }
-__device__ __forceinline__ V mul(V a, V b) { return a * b; }
 __device__ __forceinline__ V div(V a, V b) { return a / b; }
 __device__ __forceinline__ V sqrt(V x) { return root(x); }
 __device__ __forceinline__ V where_greater(V x, V threshold, V value) {
   return x > threshold ? value : 0.0f;
-}
-__device__ __forceinline__ V where_less(V a, V b, V yes, V no) { return a < b ? yes : no; }
-__device__ __forceinline__ V magnitude(V x) {
-  return bits_to_float(float_to_bits(x) & 0x7fffffffu);
 }
 
 }  // namespace commrt::cuda

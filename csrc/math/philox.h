@@ -13,7 +13,13 @@ constexpr std::uint32_t kPhiloxWeyl1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
 
 // What a number is drawn for; keeps the draws for codes and for the residual independent.
-enum class Stream : std::uint32_t { kCodes = 0, kResidual = 1, kMoment = 2, kWeights = 3 };
+enum class Stream : std::uint32_t {
+  kCodes = 0,
+  kResidual = 1,
+  kMoment = 2,
+  kWeights = 3,
+  kDither = 4,
+};
 
 struct Philox4 {
   std::uint32_t word[4];

@@ -22,6 +22,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     empty, residual = cases.empty_payload(FMT, 4), cases.empty_residual(8, 32, 100)
     patch = torch.zeros(ops.patch_capacity(100, torch.float32), dtype=torch.uint8)
     ops.patch_encode(flat, -flat, patch)
+    codes = torch.arange(100, dtype=torch.int16)
     return {
         "block_encode": (flat, empty, 4, 32, False, 7, 0, 4, 0),
         "block_decode": (payloads[0].clone(), torch.zeros(100), 4, 32, 0, 4, 0),
@@ -31,6 +32,10 @@ def arguments(name: str) -> tuple[Any, ...]:
         "rescale_": (payloads[0].clone(), torch.tensor(0.5), 4, 32),
         "patch_encode": (flat, -flat, patch),
         "patch_apply_": (-flat, patch),
+        "dither_quantise": (flat, -flat, codes, 0.5, 7, 3, "z"),
+        "dither_dequantise": (codes, None, flat, 0.5, 7, 3, "z"),
+        "scale_rows": (codes, flat, None, 0.5, codes[:9].clone(), 240, 7, 3, "z"),
+        "lmmse_combine": (flat.repeat(3, 1), torch.ones(3), flat.clone()),
     }[name]
 
 

@@ -2,6 +2,10 @@
 
 from collections.abc import Callable
 
+from torch import Tensor
+
+from commrt.ops.native.module import DTYPE_CODE, native, where
+
 SCHEMAS = (
     "dither_quantise(Tensor values, Tensor? predicted, Tensor(a!) codes, float step, int seed, "
     "int first_index, str lattice) -> ()",
@@ -12,4 +16,98 @@ SCHEMAS = (
     "lmmse_combine(Tensor stack, Tensor weights, Tensor(a!) out) -> ()",
 )
 
-KERNELS: tuple[Callable[..., None], ...] = ()
+_LATTICE_CODE = {"z": 0, "e8": 1}
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def dither_quantise(
+    values: Tensor,
+    predicted: Tensor | None,
+    codes: Tensor,
+    step: float,
+    seed: int,
+    first_index: int,
+    lattice: str,
+) -> None:
+    """See :func:`commrt.ops.dither_quantise`."""
+    native.dither_quantise(
+        values.data_ptr(),
+        _address(predicted),
+        codes.data_ptr(),
+        values.numel(),
+        step,
+        native.Dither(_LATTICE_CODE[lattice], seed, first_index),
+        where(values),
+    )
+
+
+def dither_dequantise(
+    codes: Tensor,
+    predicted: Tensor | None,
+    values: Tensor,
+    step: float,
+    seed: int,
+    first_index: int,
+    lattice: str,
+) -> None:
+    """See :func:`commrt.ops.dither_dequantise`."""
+    native.dither_dequantise(
+        codes.data_ptr(),
+        _address(predicted),
+        values.data_ptr(),
+        codes.numel(),
+        step,
+        native.Dither(_LATTICE_CODE[lattice], seed, first_index),
+        where(codes),
+    )
+
+
+def scale_rows(
+    rows: Tensor,
+    own: Tensor | None,
+    shared: Tensor | None,
+    shared_weight: float,
+    rows_of_class: Tensor,
+    base: int,
+    seed: int,
+    first_index: int,
+    lattice: str,
+) -> None:
+    """See :func:`commrt.ops.scale_rows`."""
+    native.scale_rows(
+        _address(own),
+        0 if own is None else DTYPE_CODE[own.dtype],
+        _address(shared),
+        shared_weight,
+        rows_of_class.data_ptr(),
+        rows_of_class.numel(),
+        base,
+        rows.data_ptr(),
+        rows.numel(),
+        native.Dither(_LATTICE_CODE[lattice], seed, first_index),
+        where(rows),
+    )
+
+
+def lmmse_combine(stack: Tensor, weights: Tensor, out: Tensor) -> None:
+    """See :func:`commrt.ops.lmmse_combine`."""
+    native.lmmse_combine(
+        stack.data_ptr(),
+        stack.stride(0),
+        stack.shape[0],
+        weights.data_ptr(),
+        out.data_ptr(),
+        out.numel(),
+        where(stack),
+    )
+
+
+KERNELS: tuple[Callable[..., None], ...] = (
+    dither_quantise,
+    dither_dequantise,
+    scale_rows,
+    lmmse_combine,
+)

@@ -125,7 +125,7 @@ def nearest_e8(x_B8: Tensor) -> Tensor:
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of fp32 numbers, rounded once.
+    """The fp32 numbers a * b + c, rounded once.
 
     In fp64 the product is exact. The sum is rounded to odd, which keeps what the second rounding,
     to fp32, has to know of the rest (Boldo and Melquiond, "Emulation of a FMA and correctly rounded

@@ -1,0 +1,27 @@
+// What the files of the bindings share: each defines the ops of a family.
+#pragma once
+
+#include <nanobind/nanobind.h>
+
+#include "cuda/ops.h"
+
+namespace commrt {
+
+using Address = std::uintptr_t;
+using Index = std::int64_t;
+
+constexpr Index kGrainElements = 32 * 1024;  // a piece of work stays in the second-level cache
+
+// Where an op runs, as commrt/ops/native says it: on so many threads of the CPU, or on a cuda::Queue.
+struct ThreadCount {
+  int count;
+};
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void bind_dither(nanobind::module_& m);
+
+}  // namespace commrt

@@ -1,0 +1,20 @@
+// From an element's energy and dither to its row of the coder's tables.
+#pragma once
+
+#include "../dither.h"
+
+namespace commrt {
+
+// Half octaves above the first class; a NaN may have a sign.
+COMMRT_HD int scale_class(float energy, int base, int num_classes) {
+  const int index = static_cast<int>((float_to_bits(energy) & 0x7fffffffu) >> 22) - base;
+  if (index < 0) return 0;
+  return index < num_classes ? index : num_classes - 1;
+}
+
+// One of a class's sixteen, of which the phase is the whole part.
+COMMRT_HD std::int16_t row_of(std::int16_t first_row, float phase) {
+  return static_cast<std::int16_t>(first_row + static_cast<int>(phase));
+}
+
+}  // namespace commrt
