@@ -23,3 +23,7 @@ class PeerMismatchError(CommrtError, ValueError):
 
 class CollectiveError(CommrtError, RuntimeError):
     """A collective failed earlier, so the ones behind it in the queue cannot run."""
+
+
+class WireFormatError(CommrtError, ValueError):
+    """A payload from another machine that cannot be decoded; nothing of it was used."""

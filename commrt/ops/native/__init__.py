@@ -6,6 +6,7 @@ The operators take plain integers and tensors, mutate their output in place, and
 GPU they are queued on torch's current stream of the tensor's device.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from commrt.ops import reference
-from commrt.ops.native import blocks, dither, patches, steps
+from commrt.ops.native import blocks, dither, patches, rans, steps
 from commrt.ops.native.module import native, status, through_shim, why_no_cuda
 
 __all__ = ["native", "status", "through_shim"]
+
+_FAMILIES = (blocks, dither, patches, rans, steps)
 
 
 def _on_gpu(kernel: Callable[..., None]) -> Callable[..., None]:
@@ -34,14 +37,14 @@ def _on_gpu(kernel: Callable[..., None]) -> Callable[..., None]:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("commrt", "DEF")
-    for schema in (*blocks.SCHEMAS, *dither.SCHEMAS, *patches.SCHEMAS, *steps.SCHEMAS):
+    for schema in itertools.chain.from_iterable(family.SCHEMAS for family in _FAMILIES):
         name = library.define(schema)
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"commrt::{name}", lambda *args: None, lib=library)
     if native is not None:
         for kernel in patches.CPU_KERNELS:
             library.impl(kernel.__name__, kernel, "CPU")
-        for kernel in (*blocks.KERNELS, *dither.KERNELS, *patches.KERNELS, *steps.KERNELS):
+        for kernel in itertools.chain.from_iterable(family.KERNELS for family in _FAMILIES):
             library.impl(kernel.__name__, kernel, "CPU")
             if native.cuda == "nvcc":
                 library.impl(kernel.__name__, _on_gpu(kernel), "CUDA")

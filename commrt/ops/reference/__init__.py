@@ -24,6 +24,7 @@ from commrt.ops.reference.dither import (
     scale_rows,
 )
 from commrt.ops.reference.patches import patch_apply_, patch_encode
+from commrt.ops.reference.rans import rans_decode, rans_encode
 from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
 __all__ = [
@@ -47,6 +48,8 @@ __all__ = [
     "patch_apply_",
     "patch_encode",
     "philox",
+    "rans_decode",
+    "rans_encode",
     "rescale_",
     "scale_rows",
     "square_sums",

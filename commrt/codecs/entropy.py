@@ -1,0 +1,245 @@
+"""Codes of a dithered quantizer as bytes, in hardly more of them than their tables say.
+
+A payload of N codes is ``lengths | words | escaped``, in little endian::
+
+    lengths   a varint a segment   the words of each but the last, so nothing up to 2**18 codes
+    words     2 bytes each         the segments' rANS streams, see :mod:`commrt.ops.rans`
+    escaped   a varint each        the codes whose symbol was the escape, in order, in zigzag
+
+N, and with it the number of segments and lanes, and the row of each code in
+:func:`~commrt.codecs.code_tables.entropy_tables` are known to the receiver. A code escapes that has
+no slots in its row. Varints have the lowest seven bits first, and zigzag is 2 n for n >= 0, else
+-2 n - 1.
+"""
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from commrt import ops
+from commrt.codecs.code_tables import (
+    NUM_PHASES,
+    NUM_ROWS,
+    entropy_tables,
+    fit_rows,
+    frequencies,
+)
+from commrt.errors import ConfigError, WireFormatError
+from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, SYMBOLS
+
+__all__ = [
+    "count_codes",
+    "decode_codes",
+    "encode_codes",
+    "entropy_tables",
+    "fit_rows",
+]
+
+WORD_BYTES = 2
+# A lane costs three bytes, which should be little of a stream; more lanes are faster.
+LANES_FROM = ((1 << 18, 32), (1 << 15, 4), (0, 1))
+# Of a varint: 16 bits of zigzag for a code, a length of up to 2**18 + 64.
+MOST_VARINT_BYTES = 3
+
+
+def encode_codes(codes: Tensor, rows: Tensor) -> bytes:
+    """The payload of the codes. Lossless and deterministic, the same on every device.
+
+    Args:
+        codes: int16 [N], any values.
+        rows: int16 [N] on the same device, the row of each code in :func:`entropy_tables`.
+
+    Raises:
+        ConfigError: Codes or rows of another dtype or number, or a row that there is none of.
+
+    Cost: the tables' code length, 3 bytes a segment and lane on average, and 1 to 3 bytes a code
+    that escapes. A segment has 1 lane, in a payload of 2**15 codes 4, in one of 2**18 codes 32.
+    """
+    _check_rows(rows)
+    if codes.dtype != torch.int16 or codes.shape != rows.shape:
+        raise ConfigError(
+            f"codes is {codes.dtype} {tuple(codes.shape)}: must be int16 {tuple(rows.shape)}"
+        )
+    lanes, is_escaped = _num_lanes(codes.numel()), _are_escaped(codes, rows)
+    escaped = codes[is_escaped].cpu().numpy()
+    words, lengths = _empty_streams(codes.numel(), ops.rans_capacity(codes.numel(), lanes), codes)
+    ops.rans_encode(
+        codes.masked_fill(is_escaped, ESCAPED) if escaped.size else codes,
+        rows,
+        entropy_tables(codes.device),
+        words,
+        lengths,
+        lanes=lanes,
+    )
+    used = lengths.tolist()
+    streams = [words[segment, :length] for segment, length in enumerate(used)]
+    return b"".join(
+        [
+            _varints(np.array(used[:-1], dtype=np.int64)),
+            *(stream.cpu().numpy().astype("<u2").tobytes() for stream in streams),
+            _varints(_zigzag(escaped.astype(np.int64))),
+        ]
+    )
+
+
+def decode_codes(payload: bytes, rows: Tensor, numel: int) -> Tensor:
+    """The codes that :func:`encode_codes` was given.
+
+    Args:
+        payload: What it returned, or anything else.
+        rows: int16 [N], as they were when encoding.
+        numel: N.
+
+    Returns:
+        int16 [N], on the device of ``rows``.
+
+    Raises:
+        WireFormatError: The payload is not one of N codes of these rows. One that was damaged by
+            chance passes once in 2**16 times, and never where a length or an escape was.
+        ConfigError: Rows of another dtype or number, or one that there is none of.
+
+    Cost: time and memory bounded by N and the payload's size, whatever is in it.
+    """
+    _check_rows(rows)
+    if rows.numel() != numel:
+        raise ConfigError(f"rows has {rows.numel()} elements: must have numel={numel}")
+    lanes, data = _num_lanes(numel), np.frombuffer(payload, dtype=np.uint8)
+    lengths, begin = _read_lengths(data, numel, lanes)
+    codes = torch.empty(numel, dtype=torch.int16, device=rows.device)
+    used = torch.empty(len(lengths), dtype=torch.int32, device=rows.device)
+    ops.rans_decode(
+        _read_words(data, begin, lengths).to(rows.device),
+        torch.tensor(lengths, dtype=torch.int32, device=rows.device),
+        rows,
+        entropy_tables(rows.device),
+        codes,
+        used,
+        lanes=lanes,
+    )
+    taken = used.tolist()
+    if taken[:-1] != lengths[:-1] or min(taken, default=0) < 0:
+        raise WireFormatError(f"a stream of {numel} codes is damaged")
+    _fill_escaped(codes, rows, data[begin + WORD_BYTES * sum(taken) :])
+    return codes
+
+
+def count_codes(codes: Tensor, rows: Tensor, num_classes: int) -> Tensor:
+    """How often each class has each symbol in each phase, as :func:`fit_rows` takes it.
+
+    Args:
+        codes: int16 [N].
+        rows: int16 [N], class * 16 + phase.
+        num_classes: C.
+
+    Returns:
+        int64 [C, 16, 64].
+    """
+    index = rows.long() * SYMBOLS + _symbols(codes)
+    counts = torch.bincount(index, minlength=num_classes * NUM_PHASES * SYMBOLS)
+    return counts.view(num_classes, NUM_PHASES, SYMBOLS)
+
+
+def _num_lanes(numel: int) -> int:
+    return next(lanes for least, lanes in LANES_FROM if numel >= least)
+
+
+def _check_rows(rows: Tensor) -> None:
+    if rows.dtype != torch.int16 or rows.dim() != 1:
+        raise ConfigError(f"rows is {rows.dtype} {tuple(rows.shape)}: must be 1-D torch.int16")
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < NUM_ROWS:
+        raise ConfigError(
+            f"rows are {int(rows.min())} to {int(rows.max())}: must be 0 to {NUM_ROWS - 1}"
+        )
+
+
+def _symbols(codes: Tensor) -> Tensor:
+    is_inside = (codes >= -MOST_CODE) & (codes <= MOST_CODE)
+    return torch.where(is_inside, codes + MOST_CODE, ESCAPE).long()
+
+
+def _are_escaped(codes: Tensor, rows: Tensor) -> Tensor:
+    """Whether each code has no slots in its row, as bool [N]. A zero always has some."""
+    [others] = (codes != 0).nonzero(as_tuple=True)
+    symbols = _symbols(codes[others])
+    slots = frequencies(codes.device).view(-1)[rows[others].long() * SYMBOLS + symbols]
+    is_escaped = torch.zeros(codes.numel(), dtype=torch.bool, device=codes.device)
+    is_escaped[others] = (slots == 0) | (symbols == ESCAPE)
+    return is_escaped
+
+
+def _empty_streams(numel: int, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    segments = ops.rans_segments(numel)
+    words = torch.empty(segments, capacity, dtype=torch.uint16, device=like.device)
+    return words, torch.empty(segments, dtype=torch.int32, device=like.device)
+
+
+# -- what surrounds the streams -------------------------------------------------------------------
+
+
+def _read_lengths(data: NDArray[np.uint8], numel: int, lanes: int) -> tuple[list[int], int]:
+    """Words of each segment, of the last one no fewer than it has, and where the first begin."""
+    segments, most = ops.rans_segments(numel), ops.rans_capacity(numel, lanes)
+    if segments == 0:
+        return [], 0
+    told, begin = _read_varints(data[: MOST_VARINT_BYTES * segments], segments - 1)
+    left = (data.size - begin) // WORD_BYTES - int(told.sum())
+    if left < 0 or told.max(initial=0) > most:
+        raise WireFormatError(
+            f"streams of {told.tolist()} words and a last one, in {data.size} bytes of which each "
+            f"has at most {most} words"
+        )
+    return [*told.tolist(), min(left, most)], begin
+
+
+def _read_words(data: NDArray[np.uint8], begin: int, lengths: list[int]) -> Tensor:
+    """uint16 [S, W], the words of each segment and zeros."""
+    words = np.zeros((len(lengths), max(lengths, default=0)), dtype=np.uint16)
+    for row, length in zip(words, lengths, strict=True):
+        end = begin + WORD_BYTES * length
+        row[:length] = data[begin:end].view("<u2")
+        begin = end
+    return torch.from_numpy(words)
+
+
+def _fill_escaped(codes: Tensor, rows: Tensor, data: NDArray[np.uint8]) -> None:
+    """Put into ``codes`` those that escaped, which ``data`` must have and nothing else."""
+    [where] = (codes == ESCAPED).nonzero(as_tuple=True)
+    zigzag, num_bytes = _read_varints(data, where.numel())
+    if num_bytes != data.size:
+        raise WireFormatError(f"{data.size - num_bytes} bytes behind the last of the codes")
+    if zigzag.max(initial=0) >= 1 << 16:
+        raise WireFormatError(f"an escaped code of {int(zigzag.max()):#x}: has 16 bits")
+    escaped = torch.from_numpy((zigzag >> 1 ^ -(zigzag & 1)).astype(np.int16)).to(codes.device)
+    if not bool(_are_escaped(escaped, rows[where]).all()):
+        raise WireFormatError("a code has escaped that need not")
+    codes[where] = escaped
+
+
+def _zigzag(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+    return codes << 1 ^ codes >> 63
+
+
+def _varints(values: NDArray[np.int64]) -> bytes:
+    """Seven bits a byte, the lowest first; the highest bit says that more follow."""
+    sevens = values[:, None] >> 7 * np.arange(MOST_VARINT_BYTES)
+    is_there = (sevens > 0) | (np.arange(MOST_VARINT_BYTES) == 0)
+    more = (sevens >> 7 > 0) << 7
+    data: bytes = (sevens & 0x7F | more)[is_there].astype(np.uint8).tobytes()
+    return data
+
+
+def _read_varints(data: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], int]:
+    """So many from the beginning of ``data``, and the bytes that they take."""
+    [ends] = (data < 0x80).nonzero()
+    if ends.size < count:
+        raise WireFormatError(f"{ends.size} numbers in {data.size} bytes: must be {count}")
+    ends = ends[:count]
+    begins = np.concatenate([[0], ends + 1])[:count]
+    sizes = ends - begins + 1
+    if sizes.max(initial=1) > MOST_VARINT_BYTES or ((sizes > 1) & (data[ends] == 0)).any():
+        raise WireFormatError(f"a number of {sizes.max()} bytes, or one with zeros to spare")
+    place = np.arange(MOST_VARINT_BYTES)
+    at = np.minimum(begins[:, None] + place, max(data.size - 1, 0))
+    sevens = np.where(place < sizes[:, None], data[at].astype(np.int64) & 0x7F, 0)
+    return (sevens << 7 * place).sum(axis=1), int(sizes.sum())

@@ -1,0 +1,152 @@
+"""Interleaved rANS: integers in as many bits as a table says that they are worth.
+
+The alphabet has 64 symbols: code n is symbol n + 31 for -31 <= n <= 31, and any other code is
+symbol 63, the escape, which arrives as :data:`ESCAPED`. A table has a row for each context, which
+shares 2**14 slots among the symbols: symbol s of row r has the slots from ``starts[r, s]`` on and
+before ``starts[r, s + 1]``, the last those before 2**14. Their number is its frequency, over 2**14
+its probability. A symbol without slots cannot be coded.
+
+Codes are cut into segments of :data:`RANS_SEGMENT`, each with a stream of its own. Symbol j of a
+segment belongs to lane j % lanes, a coder with a state x in [2**16, 2**32). To decode a symbol of
+the slots [first, first + frequency) a lane goes from x, whose slot is x % 2**14, to
+``frequency * (x // 2**14) + x % 2**14 - first``, and where that is under 2**16 takes the stream's
+next word as 16 low bits more. Lanes take turns. A stream of 16-bit words is ``states | words``::
+
+    states    2 words a lane      with which decoding begins, the low half first
+    words                         in the order in which they are taken
+
+An encoder begins with 2**16 in every lane, where therefore every decoder has to end: a check of 16
+bits a lane.
+
+Cost: the code length by the table and 2 to 4 bytes a lane and segment, three on average.
+
+Source: J. Duda, "Asymmetric numeral systems", 2013 (arXiv 1311.2540); F. Giesen, "Interleaved
+entropy coders", 2014 (arXiv 1402.3392).
+"""
+
+import torch
+from torch import Tensor
+
+from commrt.errors import ConfigError
+from commrt.ops.arrays import takes_arrays
+
+RANS_SEGMENT = 1 << 18
+LANES = (1, 4, 32)
+
+SYMBOLS = 64
+MOST_CODE = 31
+ESCAPE = SYMBOLS - 1
+ESCAPED = -(1 << 15)
+SLOT_BITS = 14
+
+
+def rans_segments(numel: int) -> int:
+    """Streams that ``numel`` codes make."""
+    return -(-numel // RANS_SEGMENT)
+
+
+def rans_capacity(numel: int, lanes: int) -> int:
+    """Words that the longest stream of ``numel`` codes can have: at most one a symbol."""
+    _check_lanes(lanes)
+    return 2 * lanes + min(numel, RANS_SEGMENT)
+
+
+@takes_arrays("words", "lengths")
+def rans_encode(
+    codes: Tensor, rows: Tensor, starts: Tensor, words: Tensor, lengths: Tensor, *, lanes: int
+) -> None:
+    """Write the streams of ``codes``. Deterministic and lossless, but for what escapes.
+
+    Args:
+        codes: int16[N].
+        rows: int16[N], the row of the table for each code.
+        starts: uint16[R, 64], rows of lower bounds, the first of them 0, that do not fall.
+        words: uint16[S, W], S = ``rans_segments(N)`` and W >= ``rans_capacity(N, lanes)``; row s is
+            overwritten with the stream of segment s, and behind it with anything.
+        lengths: int32[S], overwritten with the words of each stream; -1 for a segment with a row
+            that is not in the table, or a symbol that has no slots.
+        lanes: 1, 4 or 32; more are faster and cost up to four bytes each.
+    """
+    _check(codes, rows, starts, words, lengths, "codes", lanes)
+    least = rans_capacity(codes.numel(), lanes)
+    if words.shape[1] < least:
+        raise ConfigError(f"words has {words.shape[1]} a segment: must have at least {least}")
+    torch.ops.commrt.rans_encode(codes, rows, starts, lanes, words, lengths)
+
+
+@takes_arrays("codes", "used")
+def rans_decode(
+    words: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    codes: Tensor,
+    used: Tensor,
+    *,
+    lanes: int,
+) -> None:
+    """Read ``codes`` from their streams, which may come from anywhere.
+
+    Args:
+        words: uint16[S, W] with S = ``rans_segments(N)``; any W.
+        lengths: int32[S], words of each stream, or more: where a stream ends is found out.
+        rows: int16[N], as they were when encoding.
+        starts: uint16[R, 64], as it was when encoding.
+        codes: int16[N], overwritten; :data:`ESCAPED` for the escape.
+        used: int32[S], overwritten with the words that each segment was decoded from; -1 for a
+            segment that no encoder wrote, whose codes are then all 0: one that lacks words, does
+            not end in the state in which encoding begins, or has a row that is not in the table.
+        lanes: As when encoding.
+
+    Cost: bounded by N, whatever is in the words.
+    """
+    _check(codes, rows, starts, words, lengths, "rows", lanes)
+    _check_flat("used", used, torch.int32, lengths.numel(), words.device)
+    torch.ops.commrt.rans_decode(words, lengths, rows, starts, lanes, codes, used)
+
+
+def _check(
+    codes: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    numel_of: str,
+    lanes: int,
+) -> None:
+    _check_lanes(lanes)
+    numel = {"codes": codes, "rows": rows}[numel_of].numel()
+    num_segments, device = rans_segments(numel), codes.device
+    _check_flat("codes", codes, torch.int16, numel, device)
+    _check_flat("rows", rows, torch.int16, numel, device)
+    _check_flat("lengths", lengths, torch.int32, num_segments, device)
+    _check_matrix("starts", starts, (max(starts.shape[0], 1), SYMBOLS), device)
+    _check_matrix("words", words, (num_segments, words.shape[-1]), device)
+
+
+def _check_lanes(lanes: int) -> None:
+    if lanes not in LANES:
+        raise ConfigError(f"lanes={lanes!r}: must be one of {LANES}")
+
+
+def _check_flat(
+    name: str, flat: Tensor, dtype: torch.dtype, numel: int, device: torch.device
+) -> None:
+    if flat.dtype != dtype or flat.dim() != 1 or not flat.is_contiguous():
+        raise ConfigError(f"{name} is {flat.dtype} {tuple(flat.shape)}: must be 1-D {dtype}")
+    if flat.numel() != numel:
+        raise ConfigError(f"{name} has {flat.numel()} elements: must have {numel}")
+    _check_device(name, flat, device)
+
+
+def _check_matrix(name: str, matrix: Tensor, shape: tuple[int, int], device: torch.device) -> None:
+    if matrix.dtype != torch.uint16 or matrix.shape != shape or not matrix.is_contiguous():
+        raise ConfigError(
+            f"{name} is {matrix.dtype} {tuple(matrix.shape)}: must be uint16 {shape}, contiguous"
+        )
+    _check_device(name, matrix, device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ConfigError(f"{name} is on {tensor.device}: must be on {device}, as codes is")

@@ -1,0 +1,106 @@
+"""rANS, a symbol at a time; :mod:`commrt.ops.rans` has the layout."""
+
+from bisect import bisect_right
+
+import torch
+from torch import Tensor
+
+from commrt.ops.rans import (
+    ESCAPE,
+    ESCAPED,
+    MOST_CODE,
+    RANS_SEGMENT,
+    SLOT_BITS,
+    rans_segments,
+)
+
+SLOTS = 1 << SLOT_BITS
+WORD_BITS = 16
+WORD = (1 << WORD_BITS) - 1
+LEAST_STATE = 1 << WORD_BITS
+
+
+def rans_encode(
+    codes: Tensor, rows: Tensor, starts: Tensor, lanes: int, words: Tensor, lengths: Tensor
+) -> None:
+    """See :func:`commrt.ops.rans_encode`."""
+    for segment in range(rans_segments(codes.numel())):
+        window = slice(segment * RANS_SEGMENT, (segment + 1) * RANS_SEGMENT)
+        stream = _encode_segment(codes[window], rows[window], starts, lanes)
+        lengths[segment] = -1 if stream is None else len(stream)
+        if stream is not None:
+            words[segment, : len(stream)] = torch.tensor(stream).to(words)
+
+
+def rans_decode(
+    words: Tensor,
+    lengths: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    lanes: int,
+    codes: Tensor,
+    used: Tensor,
+) -> None:
+    """See :func:`commrt.ops.rans_decode`."""
+    for segment, length in enumerate(lengths.tolist()):
+        window = slice(segment * RANS_SEGMENT, (segment + 1) * RANS_SEGMENT)
+        codes[window] = 0
+        used[segment] = -1
+        if 2 * lanes <= length <= words.shape[1]:
+            stream = words[segment, :length].tolist()
+            found = _decode_segment(stream, rows[window], starts, lanes)
+            if found is not None:
+                codes[window] = torch.tensor(found[0]).to(codes)
+                used[segment] = found[1]
+
+
+def _encode_segment(code_N: Tensor, row_N: Tensor, starts: Tensor, lanes: int) -> list[int] | None:
+    """The segment's stream; None if it has none."""
+    if not _are_rows(row_N, starts):
+        return None
+    bounds = torch.nn.functional.pad(starts.long(), (0, 1), value=SLOTS)
+    is_inside = (code_N >= -MOST_CODE) & (code_N <= MOST_CODE)
+    symbol_N = torch.where(is_inside, code_N.long() + MOST_CODE, ESCAPE)
+    first_N = bounds[row_N.long(), symbol_N].tolist()
+    end_N = bounds[row_N.long(), symbol_N + 1].tolist()
+    state_L = [LEAST_STATE] * lanes
+    backwards = []
+    for j in reversed(range(len(first_N))):
+        state, frequency = state_L[j % lanes], end_N[j] - first_N[j]
+        if frequency == 0:
+            return None
+        if state >> (32 - SLOT_BITS) >= frequency:
+            backwards.append(state & WORD)
+            state >>= WORD_BITS
+        state_L[j % lanes] = (state // frequency << SLOT_BITS) + state % frequency + first_N[j]
+    states = [half for state in state_L for half in (state & WORD, state >> WORD_BITS)]
+    return states + backwards[::-1]
+
+
+def _decode_segment(
+    stream: list[int], row_N: Tensor, starts: Tensor, lanes: int
+) -> tuple[list[int], int] | None:
+    """The codes and the words they were decoded from; None if no encoder wrote that."""
+    if not _are_rows(row_N, starts):
+        return None
+    bounds = {row: [*starts[row].tolist(), SLOTS] for row in row_N.unique().tolist()}
+    state_L = [stream[2 * i] | stream[2 * i + 1] << WORD_BITS for i in range(lanes)]
+    at, codes = 2 * lanes, []
+    for j, row in enumerate(row_N.tolist()):
+        state = state_L[j % lanes]
+        slot = state % SLOTS
+        symbol = bisect_right(bounds[row], slot) - 1
+        first, end = bounds[row][symbol : symbol + 2]
+        state = (end - first) * (state >> SLOT_BITS) + slot - first
+        if state < LEAST_STATE:
+            if at == len(stream):
+                return None
+            state = state << WORD_BITS | stream[at]
+            at += 1
+        state_L[j % lanes] = state
+        codes.append(ESCAPED if symbol == ESCAPE else symbol - MOST_CODE)
+    return (codes, at) if state_L == [LEAST_STATE] * lanes else None
+
+
+def _are_rows(row_N: Tensor, starts: Tensor) -> bool:
+    return bool(((row_N >= 0) & (row_N < starts.shape[0])).all())
