@@ -3,7 +3,7 @@
 Gradients to payloads and back, in this file; the steps of optimizers, which work on lists of
 :class:`StepTensor`, in :mod:`commrt.ops.steps`; what changed of weights, in
 :mod:`commrt.ops.patches`; subtractive dither, in :mod:`commrt.ops.dither`; integers by their
-probabilities, in :mod:`commrt.ops.rans`.
+probabilities, in :mod:`commrt.ops.rans`; polar codes and cosets, in :mod:`commrt.ops.polar`.
 
 Ops write into tensors the caller allocated, never allocate or synchronise, and work on windows of
 whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tensor lie at blocks
@@ -26,6 +26,13 @@ from commrt.ops.format import FLOAT_DTYPES, MAX_BETA, BlockFormat
 from commrt.ops.lists import SEGMENT, Second, StepOptions, StepTensor
 from commrt.ops.native import status
 from commrt.ops.patches import patch_apply_, patch_bytes, patch_capacity, patch_encode
+from commrt.ops.polar import (
+    coset_decode,
+    coset_llr,
+    polar_decode,
+    polar_scratch,
+    polar_transform_,
+)
 from commrt.ops.rans import rans_capacity, rans_decode, rans_encode, rans_segments
 from commrt.ops.reference.moments import MomentMap, decode_moment, encode_moment
 from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
@@ -43,6 +50,8 @@ __all__ = [
     "adan_",
     "block_decode",
     "block_encode",
+    "coset_decode",
+    "coset_llr",
     "decode_average",
     "decode_average_encode",
     "decode_moment",
@@ -57,6 +66,9 @@ __all__ = [
     "patch_bytes",
     "patch_capacity",
     "patch_encode",
+    "polar_decode",
+    "polar_scratch",
+    "polar_transform_",
     "rans_capacity",
     "rans_decode",
     "rans_encode",

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from commrt.ops import reference
-from commrt.ops.native import blocks, dither, patches, rans, steps
+from commrt.ops.native import blocks, dither, patches, polar, rans, steps
 from commrt.ops.native.module import native, status, through_shim, why_no_cuda
 
 __all__ = ["native", "status", "through_shim"]
 
-_FAMILIES = (blocks, dither, patches, rans, steps)
+_FAMILIES = (blocks, dither, patches, polar, rans, steps)
 
 
 def _on_gpu(kernel: Callable[..., None]) -> Callable[..., None]:

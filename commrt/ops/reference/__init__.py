@@ -24,6 +24,7 @@ from commrt.ops.reference.dither import (
     scale_rows,
 )
 from commrt.ops.reference.patches import patch_apply_, patch_encode
+from commrt.ops.reference.polar import coset_decode, coset_llr, polar_decode, polar_transform_
 from commrt.ops.reference.rans import rans_decode, rans_encode
 from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
@@ -36,6 +37,8 @@ __all__ = [
     "adan_",
     "block_decode",
     "block_encode",
+    "coset_decode",
+    "coset_llr",
     "decode_average",
     "decode_average_encode",
     "dither_dequantise",
@@ -48,6 +51,8 @@ __all__ = [
     "patch_apply_",
     "patch_encode",
     "philox",
+    "polar_decode",
+    "polar_transform_",
     "rans_decode",
     "rans_encode",
     "rescale_",
