@@ -19,6 +19,7 @@ from torch import Tensor
 
 from commrt import ops
 from commrt.codecs.code_tables import (
+    ESCAPED_BITS,
     NUM_PHASES,
     NUM_ROWS,
     entropy_tables,
@@ -26,9 +27,10 @@ from commrt.codecs.code_tables import (
     frequencies,
 )
 from commrt.errors import ConfigError, WireFormatError
-from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, SYMBOLS
+from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, SLOT_BITS, SYMBOLS
 
 __all__ = [
+    "code_length",
     "count_codes",
     "decode_codes",
     "encode_codes",
@@ -243,3 +245,12 @@ def _read_varints(data: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64
     at = np.minimum(begins[:, None] + place, max(data.size - 1, 0))
     sevens = np.where(place < sizes[:, None], data[at].astype(np.int64) & 0x7F, 0)
     return (sevens << 7 * place).sum(axis=1), int(sizes.sum())
+
+
+def code_length(codes: Tensor, rows: Tensor) -> float:
+    """What the tables say that the codes take, in bits; :func:`encode_codes` takes hardly more."""
+    symbols = _symbols(codes)
+    slots = frequencies(codes.device).view(-1)[rows.long() * SYMBOLS + symbols]
+    escapes = int(((slots == 0) | (symbols == ESCAPE)).sum())
+    bits = SLOT_BITS * codes.numel() - float(slots.clamp(min=1).double().log2().sum())
+    return bits + ESCAPED_BITS * escapes

@@ -1,0 +1,71 @@
+"""A round at the server: who was asked, what weighs how much, and the bytes of it."""
+
+from collections.abc import Mapping, Sequence
+
+from commrt.errors import ConfigError, StateError
+from commrt.federated.uplink import Traffic
+
+
+class Round:
+    """The running round.
+
+    Args:
+        index: Its number, from 0.
+        cohort: The clients asked, each once.
+        weights: By client, positive; None for equal ones.
+
+    Raises:
+        ConfigError: An empty cohort, a client twice, a weight missing or not positive.
+    """
+
+    def __init__(
+        self, index: int, cohort: Sequence[int], weights: Mapping[int, float] | None
+    ) -> None:
+        self.index = index
+        self.cohort = tuple(cohort)
+        if index < 0 or not self.cohort or len(set(self.cohort)) != len(self.cohort):
+            raise ConfigError(
+                f"round {index} of cohort {self.cohort}: must be clients, each once, from round 0"
+            )
+        weights = dict.fromkeys(self.cohort, 1.0) if weights is None else weights
+        wrong = {c: weights.get(c) for c in self.cohort if not 0 < weights.get(c, 0) < float("inf")}
+        if wrong:
+            raise ConfigError(f"weights of clients are {wrong}: must be positive")
+        self.weights = {client: float(weights[client]) for client in self.cohort}
+        self._uplink_bytes = self._answer_bytes = self._downlink_bytes = 0
+
+    def place(self, client: int) -> int:
+        """Where in the cohort ``client`` is."""
+        if client not in self.weights:
+            raise ConfigError(f"client {client} is not in the cohort of round {self.index}")
+        return self.cohort.index(client)
+
+    def came(self, payload: bytes, *, is_answer: bool = False) -> None:
+        """Count what came, of use or not."""
+        self._uplink_bytes += len(payload)
+        self._answer_bytes += len(payload) * is_answer
+
+    def sent(self, frames: dict[int, bytes]) -> dict[int, bytes]:
+        """Count what goes to the clients; the same frames."""
+        self._downlink_bytes += sum(map(len, frames.values()))
+        return frames
+
+    @property
+    def traffic(self) -> Traffic:
+        """The bytes so far."""
+        return Traffic(
+            uplink_bytes=self._uplink_bytes,
+            answer_bytes=self._answer_bytes,
+            downlink_bytes=self._downlink_bytes,
+        )
+
+    def shares(self, clients: Sequence[int]) -> list[float]:
+        """The weights of ``clients``, made to add up to one.
+
+        Raises:
+            StateError: There are none.
+        """
+        if not clients:
+            raise StateError(f"round {self.index} ends with no update of {len(self.cohort)} asked")
+        total = sum(self.weights[client] for client in clients)
+        return [self.weights[client] / total for client in clients]

@@ -1,0 +1,113 @@
+"""How a model's update lies in one flat vector, and which of its parts are coded together."""
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from commrt.errors import ConfigError
+
+# A tensor that is smaller shares the parameters of its code with its neighbours.
+LEAST_ELEMENTS = 512
+
+
+class Group(NamedTuple):
+    """Neighbouring tensors ``[begin, end)`` of the flat vector, coded with the same parameters."""
+
+    begin: int
+    end: int
+
+    @property
+    def numel(self) -> int:
+        """Elements in it."""
+        return self.end - self.begin
+
+    def of(self, flat: Tensor) -> Tensor:
+        """Its part of ``flat``, sharing memory; of a stack (..., N) as well."""
+        return flat[..., self.begin : self.end]
+
+
+class Layout:
+    """Names and shapes of a model's tensors, in the order in which they lie in the flat vector.
+
+    Args:
+        shapes: By name. Client and server must be given the same, in the same order.
+
+    Raises:
+        ConfigError: There is no element.
+    """
+
+    def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        self.numel = sum(sizes)
+        if self.numel == 0:
+            raise ConfigError(f"shapes={dict(shapes)!r}: must have one element at least")
+        self.groups = tuple(_groups(sizes))
+        self.digest = zlib.crc32(repr(self.shapes).encode())
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> "Layout":
+        """Of tensors by name, such as a state dict."""
+        return cls({name: tensor.shape for name, tensor in tensors.items()})
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors by name as a flat fp32 vector of ``numel`` elements.
+
+        Raises:
+            ConfigError: Names or shapes are others than the layout's.
+        """
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != self.shapes:
+            wrong = sorted(
+                name
+                for name in found.keys() | self.shapes.keys()
+                if found.get(name) != self.shapes.get(name)
+            )
+            raise ConfigError(f"tensors {wrong} are not those of the layout, or of another shape")
+        return torch.cat([tensors[name].detach().reshape(-1).float() for name in self.shapes])
+
+    def split(self, flat: Tensor) -> dict[str, Tensor]:
+        """The tensors by name, sharing memory with ``flat``."""
+        parts = zip(self.shapes.items(), self.parts(flat), strict=True)
+        return {name: part.view(shape) for (name, shape), part in parts}
+
+    def parts(self, flat: Tensor) -> tuple[Tensor, ...]:
+        """The tensors' parts of the flat vector, one after the other."""
+        sizes = [math.prod(shape) for shape in self.shapes.values()]
+        parts: tuple[Tensor, ...] = flat.split(sizes)
+        return parts
+
+    def check(self, flat: Tensor, name: str) -> Tensor:
+        """``flat`` as contiguous fp32, if it is a finite vector of the layout.
+
+        Raises:
+            ConfigError: It has another shape, or elements that are not finite.
+        """
+        if flat.shape != (self.numel,):
+            raise ConfigError(
+                f"{name} has shape {tuple(flat.shape)}: must be ({self.numel},), "
+                "flat in the order of the layout"
+            )
+        flat = flat.detach().float().contiguous()
+        if not bool(flat.isfinite().all()):
+            bad = int((~flat.isfinite()).sum())
+            raise ConfigError(f"{name} has {bad} elements that are not finite: none may be")
+        return flat
+
+
+def _groups(sizes: Sequence[int]) -> list[Group]:
+    groups: list[Group] = []
+    begin = end = 0
+    for size in sizes:
+        end += size
+        if end - begin >= LEAST_ELEMENTS:
+            groups.append(Group(begin, end))
+            begin = end
+    if end > begin:
+        last = groups.pop() if groups else Group(0, 0)
+        groups.append(Group(last.begin, end))
+    return groups

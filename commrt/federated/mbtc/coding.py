@@ -1,0 +1,148 @@
+"""What client and server both do with an update: the same steps, in one place.
+
+The body of a payload, in little endian::
+
+    flags          1 byte           what was predicted from, and whether the client chose
+    chosen         4 + 2 a group    if so: the step, fp32, and the first row / 16 of each table
+    coefficients   a byte each      of each group, for each source there is
+    cosets         a section each   of the groups that have planes, see mbtc/planes.py
+    codes          the rest         of what is coded alone, see commrt/codecs/entropy.py
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from commrt import ops
+from commrt.codecs.base import derive_seed
+from commrt.federated.layout import Layout
+from commrt.federated.mbtc import side
+from commrt.federated.mbtc.parameters import NUM_CLASSES, Plane
+from commrt.federated.mbtc.planes import num_blocks
+from commrt.federated.mbtc.side import Coefficients, Sources
+
+if TYPE_CHECKING:
+    from commrt.federated.mbtc.spec import Mbtc
+
+USES_PREVIOUS, USES_OWN, CHOSEN = 1, 2, 4
+# The lowest class has this many half octaves of energy less than a step.
+CLASSES_BELOW_STEP = 44
+# The least is for updates of zeros.
+LEAST_STEP, MOST_STEP = 2.0**-60, 2.0**60
+
+
+class Coding(NamedTuple):
+    """How one update is coded.
+
+    Attributes:
+        step: Of the quantizer.
+        seed: Of the dither.
+        predicted: fp32 (N,).
+        rows: int16 (N,), of the tables that the codes have.
+    """
+
+    step: float
+    seed: int
+    predicted: Tensor
+    rows: Tensor
+
+    def quantise(self, update: Tensor) -> Tensor:
+        """Codes of an update, int16 (N,)."""
+        codes = torch.empty(update.shape, dtype=torch.int16, device=update.device)
+        ops.dither_quantise(update, self.predicted, codes, self.step, self.seed)
+        return codes
+
+    def dequantise(self, codes: Tensor) -> Tensor:
+        """What is decoded of codes, fp32 (N,)."""
+        update = torch.empty(codes.shape, device=codes.device)
+        ops.dither_dequantise(codes, self.predicted, update, self.step, self.seed)
+        return update
+
+    def remember(self, decoded: Tensor) -> Tensor:
+        """What is kept of a decoded update for the next prediction, bf16 (N,)."""
+        return side.shrink_(decoded.clone(), self.predicted, self.rows).bfloat16()
+
+
+def coding(
+    layout: Layout,
+    sources: Sources,
+    coefficients: Sequence[Coefficients],
+    tables: Tensor,
+    step: float,
+    seed: int,
+) -> Coding:
+    """What :class:`Coding` has, from what was told and what was sent."""
+    predicted = torch.empty(layout.numel)
+    for group, each in zip(layout.groups, coefficients, strict=True):
+        side.predict(each, sources.of(group), group.of(predicted))
+    rows = scale_rows(layout, side.energies(layout, sources), tables, step, seed)
+    return Coding(step, seed, predicted, rows)
+
+
+def scale_rows(
+    layout: Layout, energy: Tensor | None, tables: Tensor, step: float, seed: int
+) -> Tensor:
+    """The row of each element, int16 (N,), by its energy beside a step's."""
+    rows = torch.empty(layout.numel, dtype=torch.int16)
+    root = None if energy is None else energy.sqrt()
+    for group, table in zip(layout.groups, tables, strict=True):
+        ops.scale_rows(
+            None,
+            None if root is None else group.of(root),
+            1.0,
+            table,
+            group.of(rows),
+            seed,
+            base=_lowest_class(step),
+            first_index=group.begin,
+        )
+    return rows
+
+
+def classes(layout: Layout, energy: Tensor | None, step: float, seed: int) -> Tensor:
+    """As :func:`scale_rows`, with the rows numbered class * 16 + phase."""
+    own = torch.arange(NUM_CLASSES, dtype=torch.int16) * 16
+    return scale_rows(layout, energy, own.expand(len(layout.groups), -1), step, seed)
+
+
+def coded_alone(layout: Layout, planes: Sequence[Sequence[Plane]], block: int) -> list[slice]:
+    """The parts of the flat vector whose codes are not sent as cosets, in order."""
+    parts = []
+    for group, each in zip(layout.groups, planes, strict=True):
+        begin = group.begin + block * num_blocks(group.numel, each, block)
+        if begin < group.end:
+            parts.append(slice(begin, group.end))
+    return parts
+
+
+def gather(flat: Tensor, parts: Sequence[slice]) -> Tensor:
+    """These parts of a vector, joined."""
+    return torch.cat([flat[part] for part in parts]) if parts else flat[:0]
+
+
+def dither_seed(seed: int, round_index: int, client: int) -> int:
+    """Of a client's dither in a round."""
+    return derive_seed("mbtc dither", seed, round_index, client)
+
+
+def context(
+    codec: "Mbtc", layout: Layout, seed: int, round_index: int, client: int, *known: int
+) -> bytes:
+    """What both ends of a frame know; see :mod:`commrt.federated.wire`."""
+    return repr((codec.spec, layout.digest, seed, round_index, client, *known)).encode()
+
+
+def states(sources: Sources) -> list[int]:
+    """Digests of the vectors that both ends are to have; 0 where there is none."""
+    return [
+        0 if flat is None else zlib.crc32(flat.view(torch.uint8).cpu().numpy().data)
+        for flat in sources
+    ]
+
+
+def _lowest_class(step: float) -> int:
+    energy = torch.tensor(step, dtype=torch.float32).square()
+    return max(0, int(energy.view(torch.int32) >> 22) - CLASSES_BELOW_STEP)

@@ -1,0 +1,87 @@
+"""Where joint decoding pays: which groups of which clients are cosets, decoded in what order."""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from commrt.codecs.polar import bits_needed, entropy_bin_of, plane_entropy
+from commrt.federated.mbtc.parameters import MOST_PLANES, Plane
+from commrt.federated.mbtc.planes import CHECK_BYTES
+
+if TYPE_CHECKING:
+    from commrt.federated.mbtc.spec import Mbtc
+
+# What a plane that is not sent may hold, in bits a block.
+NEGLIGIBLE_BITS = 0.01
+# The side information of so many clients says nearly all that more would.
+MOST_OTHERS = 32
+SIGMAS_PER_OCTAVE = 32
+
+
+def order_of(num_clients: int, round_index: int) -> list[int]:
+    """Places in the order of decoding, another client first in every round."""
+    return [(place + round_index) % num_clients for place in range(num_clients)]
+
+
+def num_anchors(codec: "Mbtc", num_clients: int) -> int:
+    """Clients that are decoded without others."""
+    return max(2, num_clients // 8) if codec.anchors is None else codec.anchors
+
+
+def planes_of_group(
+    codec: "Mbtc",
+    covariance: NDArray[np.float64],
+    noise: NDArray[np.float64],
+    order: Sequence[int],
+    bits_alone: float,
+    margin: float,
+) -> list[tuple[Plane, ...]]:
+    """The planes of each place; an empty tuple where a client is better coded alone.
+
+    Args:
+        codec: Its block, anchors and least gain.
+        covariance: (K, K), of the group's residuals.
+        noise: (K,), of the quantizers.
+        order: In which they will be decoded.
+        bits_alone: Bits a weight without cosets.
+        margin: Bits a bit to send beyond what is needed on average.
+    """
+    planes: list[tuple[Plane, ...]] = [()] * len(order)
+    for rank in range(num_anchors(codec, len(order)), len(order)):
+        place, others = order[rank], list(order[: min(rank, MOST_OTHERS)])
+        seen = covariance[np.ix_(others, others)] + np.diag(noise[others])
+        cross = covariance[others, place]
+        variance = max(covariance[place, place] - cross @ np.linalg.solve(seen, cross), 0.0)
+        sigma = math.sqrt(variance / (12 * noise[place]))
+        chosen = planes_for(sigma, codec.block, margin)
+        if bits_alone - bits_of(chosen, codec.block) > codec.least_gain:
+            planes[place] = chosen
+    return planes
+
+
+def planes_for(sigma: float, block: int, margin: float) -> tuple[Plane, ...]:
+    """The planes to send where a code is known up to a Gaussian error of so many steps."""
+    octaves = math.ceil(SIGMAS_PER_OCTAVE * math.log2(max(sigma, 2.0**-6)))
+    log2_size, planes = block.bit_length() - 1, list[Plane]()
+    for entropy in _entropies(octaves):
+        if block * entropy < NEGLIGIBLE_BITS and planes:
+            break
+        wanted = min(1.0, entropy)
+        planes.append(Plane(entropy_bin_of(wanted), bits_needed(log2_size, wanted, margin)))
+    return tuple(planes)
+
+
+def bits_of(planes: Sequence[Plane], block: int) -> float:
+    """Bits a code that a block takes, checks included."""
+    checks = 1 + sum(plane.num_bits < block for plane in planes)
+    return (sum(plane.num_bits for plane in planes) + 8 * CHECK_BYTES * checks) / block
+
+
+@functools.lru_cache(maxsize=1024)
+def _entropies(octaves: int) -> tuple[float, ...]:
+    sigma = 2.0 ** (octaves / SIGMAS_PER_OCTAVE)
+    return tuple(plane_entropy(sigma * 2.0**-index, 2.0**-index) for index in range(MOST_PLANES))

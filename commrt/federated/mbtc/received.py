@@ -1,0 +1,128 @@
+"""What comes from a client, taken apart."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from commrt.codecs.code_tables import NUM_ROWS
+from commrt.codecs.entropy import decode_codes
+from commrt.errors import WireFormatError
+from commrt.federated.layout import Layout
+from commrt.federated.mbtc import coding, side
+from commrt.federated.mbtc.coding import Coding
+from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters
+from commrt.federated.mbtc.planes import Blocks
+from commrt.federated.mbtc.requests import Wanted
+from commrt.federated.mbtc.side import Sources
+from commrt.federated.wire import HEAD_BYTES, Reader
+
+
+class Received(NamedTuple):
+    """An update, as far as it is decoded.
+
+    Attributes:
+        how: How it was coded.
+        sources: What it was predicted from.
+        alone: int16 (N,), the codes that were coded alone.
+        blocks: The cosets of each group.
+    """
+
+    how: Coding
+    sources: Sources
+    alone: Tensor
+    blocks: tuple[Blocks, ...]
+
+    def codes(self, layout: Layout) -> Tensor:
+        """All codes that are decoded, int16 (N,); zeros elsewhere."""
+        codes = self.alone.clone()
+        for group, blocks in zip(layout.groups, self.blocks, strict=True):
+            filled = group.of(codes)[: blocks.codes.numel()].view_as(blocks.codes)
+            filled[blocks.is_whole] = blocks.codes[blocks.is_whole]
+        return codes
+
+    def missing(self, layout: Layout) -> list[slice]:
+        """The parts of the flat vector that are not decoded."""
+        parts = []
+        for group, blocks in zip(layout.groups, self.blocks, strict=True):
+            for which in (~blocks.is_whole).nonzero()[:, 0].tolist():
+                begin = group.begin + which * blocks.block
+                parts.append(slice(begin, begin + blocks.block))
+        return parts
+
+
+def flags_of(payload: bytes) -> int:
+    """The flags of a payload that has not been checked yet."""
+    return payload[HEAD_BYTES] if len(payload) > HEAD_BYTES else 0
+
+
+def read_update(
+    body: bytes, layout: Layout, block: int, told: Parameters, sources: Sources, seed: int
+) -> Received:
+    """Take the body of an update apart.
+
+    Args:
+        body: See :mod:`commrt.federated.mbtc.coding`.
+        layout: Of the update.
+        block: Of the cosets.
+        told: What the client was told.
+        sources: Those that the flags name.
+        seed: Of the dither.
+
+    Raises:
+        WireFormatError: It cannot be decoded.
+    """
+    reader = Reader(body)
+    step, tables = _read_head(reader, told, len(layout.groups))
+    coefficients = side.unpack(reader, sources, len(layout.groups))
+    how = coding.coding(layout, sources, coefficients, tables, step, seed)
+    blocks = tuple(
+        Blocks(reader, group.numel, planes, block)
+        for group, planes in zip(layout.groups, told.planes, strict=True)
+    )
+    parts = coding.coded_alone(layout, told.planes, block)
+    rows = coding.gather(how.rows, parts)
+    codes = decode_codes(reader.take(reader.left), rows, rows.numel())
+    alone = torch.zeros(layout.numel, dtype=torch.int16)
+    for part, some in zip(parts, codes.split([p.stop - p.start for p in parts]), strict=True):
+        alone[part] = some
+    return Received(how, sources, alone, blocks)
+
+
+def read_answer(
+    body: bytes, wanted: Sequence[Wanted], update: Received, layout: Layout
+) -> list[bytes | Tensor]:
+    """What a client answered: u of a plane, or the codes of a block.
+
+    Raises:
+        WireFormatError: It cannot be decoded.
+    """
+    reader, taken = Reader(body), list[bytes | Tensor]()
+    for each in wanted:
+        if not each.is_whole:
+            taken.append(reader.take(each.num_bits // 8))
+            continue
+        size = update.blocks[each.group].block
+        begin = layout.groups[each.group].begin + each.block * size
+        (num_bytes,) = reader.unpack("I")
+        rows = update.how.rows[begin : begin + size]
+        taken.append(decode_codes(reader.take(int(num_bytes)), rows, size))
+    reader.end()
+    return taken
+
+
+def _read_head(reader: Reader, told: Parameters, num_groups: int) -> tuple[float, Tensor]:
+    """The step and the tables that an update has."""
+    (flags,) = reader.unpack("B")
+    if not int(flags) & coding.CHOSEN:
+        if told.tables is None or not told.step:
+            raise WireFormatError("an update with no step and tables, of which none were told")
+        return told.step, told.tables
+    step, *numbers = reader.unpack(f"f{num_groups}H")
+    if not coding.LEAST_STEP <= step <= coding.MOST_STEP:
+        raise WireFormatError(f"a step of {step}")
+    firsts = torch.tensor(numbers, dtype=torch.int32) * 16
+    if int(firsts.max()) >= NUM_ROWS:
+        raise WireFormatError(f"a table of row {int(firsts.max())}: there are {NUM_ROWS}")
+    return float(step), firsts.to(torch.int16)[:, None].expand(-1, NUM_CLASSES).contiguous()

@@ -1,0 +1,194 @@
+"""The server of MBTC: decodes a cohort's updates jointly."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from commrt.errors import StateError, WireFormatError
+from commrt.federated.cohort import Round
+from commrt.federated.layout import Layout
+from commrt.federated.mbtc import coding, side
+from commrt.federated.mbtc.cosets import Cosets
+from commrt.federated.mbtc.parameters import Parameters
+from commrt.federated.mbtc.rate import StepControl
+from commrt.federated.mbtc.received import Received, flags_of, read_answer, read_update
+from commrt.federated.mbtc.requests import Wanted, write_request
+from commrt.federated.mbtc.side import ROUNDING, History, Sources
+from commrt.federated.mbtc.tables import Tables
+from commrt.federated.uplink import Aggregate, Server
+from commrt.federated.wire import Kind, seal, unseal
+
+if TYPE_CHECKING:
+    from commrt.federated.mbtc.spec import Mbtc
+
+
+class MbtcServer(Server):
+    """See :class:`commrt.federated.mbtc.spec.Mbtc`."""
+
+    def __init__(self, codec: "Mbtc", layout: Layout, seed: int) -> None:
+        self._codec, self._layout, self._seed = codec, layout, seed
+        self._histories: dict[int, History] = {}
+        self._tables = {has_own: Tables(layout) for has_own in (False, True)}
+        self._steps = StepControl(codec)
+        self._cosets = Cosets(codec, layout)
+        self._mean: Tensor | None = None
+        self._previous: Tensor | None = None
+        self._round: Round | None = None
+        self._told: dict[int, Parameters] = {}
+        self._received: dict[int, Received] = {}
+        self._asked: dict[int, list[Wanted]] = {}
+
+    def begin(
+        self,
+        round_index: int,
+        cohort: Sequence[int],
+        *,
+        weights: Mapping[int, float] | None = None,
+        previous: Tensor | None = None,
+    ) -> dict[int, bytes]:
+        """See :meth:`Server.begin`."""
+        self._round = Round(round_index, cohort, weights)
+        self._previous = (
+            self._mean if previous is None else self._layout.check(previous, "previous")
+        )
+        self._received, self._asked = {}, {}
+        planes = self._cosets.begin(round_index, cohort, self._steps.step)
+        fitted = {has_own: tables.fit() for has_own, tables in self._tables.items()}
+        self._told = {
+            client: Parameters(
+                step=self._steps.step,
+                history=self._histories[client].tag if client in self._histories else 0,
+                tables=fitted[client in self._histories],
+                planes=each,
+                has_previous=self._previous is not None,
+            )
+            for client, each in zip(cohort, planes, strict=True)
+        }
+        frames = {
+            client: seal(Kind.PARAMETERS, round_index, told.pack(), self._context(client))
+            for client, told in self._told.items()
+        }
+        return self._round.sent(frames)
+
+    def receive(self, client: int, payload: bytes) -> None:
+        """See :meth:`Server.receive`."""
+        running = self._running()
+        place = running.place(client)
+        if client in self._asked:
+            running.came(payload, is_answer=True)
+            self._take_answer(client, self._received[place], payload)
+            return
+        running.came(payload)
+        if place in self._received:
+            raise WireFormatError(f"client {client} has sent its update of this round before")
+        self._received[place] = self._read(client, payload)
+
+    def requests(self) -> dict[int, bytes]:
+        """See :meth:`Server.requests`."""
+        running = self._running()
+        self._cosets.decode(self._received)
+        frames = {}
+        self._asked = {}
+        for place, update in self._received.items():
+            client = running.cohort[place]
+            wanted = self._cosets.wanted(update)
+            if wanted:
+                self._asked[client] = wanted
+                body = write_request(wanted, self._told[client].planes)
+                frames[client] = seal(Kind.REQUEST, running.index, body, self._context(client))
+        return running.sent(frames)
+
+    def finish(self) -> Aggregate:
+        """See :meth:`Server.finish`."""
+        running = self._running()
+        self._cosets.decode(self._received)
+        places = sorted(self._received, key=lambda place: running.cohort[place])
+        clients = [running.cohort[place] for place in places]
+        shares = running.shares(clients)
+        codes = {place: self._received[place].codes(self._layout) for place in places}
+        updates = {place: self._received[place].how.dequantise(codes[place]) for place in places}
+        self._mean = self._combine(places, shares, updates)
+        report = self._learn(running, codes, updates)
+        self._round = None
+        return Aggregate(
+            mean=self._mean, traffic=running.traffic, clients=tuple(clients), report=report
+        )
+
+    def _combine(
+        self, places: Sequence[int], shares: Sequence[float], updates: Mapping[int, Tensor]
+    ) -> Tensor:
+        """The weighted mean of the updates, of each element over those that have it."""
+        total, present = torch.zeros(self._layout.numel), torch.zeros(self._layout.numel)
+        for place, share in zip(places, shares, strict=True):
+            update = updates[place].mul(share)
+            missing = self._received[place].missing(self._layout)
+            for part in missing:
+                update[part] = 0.0
+            total.add_(update)
+            present.add_(share)
+            for part in missing:
+                present[part] -= share
+        return total.div_(present)
+
+    def _running(self) -> Round:
+        if self._round is None:
+            raise StateError("no round is running: begin() starts one")
+        return self._round
+
+    def _context(self, client: int, sources: Sources | None = None) -> bytes:
+        known = () if sources is None else coding.states(sources)
+        index = self._running().index
+        return coding.context(self._codec, self._layout, self._seed, index, client, *known)
+
+    def _read(self, client: int, payload: bytes) -> Received:
+        told, index = self._told[client], self._running().index
+        flags = flags_of(payload)
+        history = self._histories.get(client) if flags & coding.USES_OWN else None
+        sources = Sources(
+            self._previous if flags & coding.USES_PREVIOUS else None,
+            None if history is None else history.decoded,
+        )
+        body = unseal(Kind.UPDATE, index, payload, self._context(client, sources))
+        dither = coding.dither_seed(self._seed, index, client)
+        return read_update(body, self._layout, self._codec.block, told, sources, dither)
+
+    def _take_answer(self, client: int, update: Received, payload: bytes) -> None:
+        wanted, index = self._asked[client], self._running().index
+        body = unseal(Kind.ANSWER, index, payload, self._context(client))
+        taken = read_answer(body, wanted, update, self._layout)
+        del self._asked[client]
+        for each, answer in zip(wanted, taken, strict=True):
+            self._cosets.take(each, answer, update.blocks[each.group])
+
+    def _learn(
+        self, running: Round, codes: Mapping[int, Tensor], updates: Mapping[int, Tensor]
+    ) -> dict[str, float]:
+        """Take what the round tells for the next ones; the figures of its report."""
+        energies, steps = [], []
+        for place, decoded in updates.items():
+            client, update = running.cohort[place], self._received[place]
+            noise = update.how.step**2 * ROUNDING
+            energies.append(float(decoded.double().square().mean()) - noise)
+            steps.append(update.how.step)
+            if update.missing(self._layout):
+                continue
+            if self._codec.memory:
+                self._histories[client] = History(running.index, update.how.remember(decoded))
+            self._count(update, codes[place])
+        for tables in self._tables.values():
+            tables.close_round()
+        bits = 8 * running.traffic.uplink_bytes / (self._layout.numel * len(updates))
+        energy = sum(energies) / len(energies)
+        self._steps.learn(energy, steps, bits)
+        figures = self._cosets.learn(running.cohort, self._received, codes, updates)
+        noise = sum(step * step for step in steps) / len(steps) * ROUNDING
+        return {"bits": bits, "nmse": noise / max(energy, 1e-300), **figures}
+
+    def _count(self, update: Received, codes: Tensor) -> None:
+        """For the tables of the rounds to come."""
+        how = update.how
+        energy = side.energies(self._layout, update.sources)
+        classes = coding.classes(self._layout, energy, how.step, how.seed)
+        self._tables[update.sources.own is not None].count(codes, classes)

@@ -1,0 +1,78 @@
+"""The codec's settings, and the two ends that it makes."""
+
+import dataclasses
+
+from commrt.errors import ConfigError
+from commrt.federated.layout import Layout
+from commrt.federated.mbtc.client import MbtcClient
+from commrt.federated.mbtc.server import MbtcServer
+from commrt.federated.uplink import Uplink
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mbtc(Uplink):
+    """Modified Berger-Tung coding: separate encoding, joint decoding.
+
+    Each update is predicted from what both ends know, quantised with a subtractive dither, and its
+    codes are sent at the rate that their tables, or what other clients sent, leave to say.
+
+    Attributes:
+        nmse: Distortion to have: energy of an update's error over the update's. Unbiased, so that
+            the mean of K clients has about 1 / K of it.
+        bits: Or the uplink bits a weight and client to spend. One of the two.
+        memory: Whether a client, and the server for it, keeps its last update, 2 bytes a weight.
+        joint: ``"auto"``, joint decoding of a group where it was worth ``least_gain`` in the round
+            before; ``"off"``, never.
+        combine: ``"mean"``, unbiased; ``"lmmse"``, the linear estimate of least error, which is
+            biased towards what was predicted: the report has ``alignment``, its expected share.
+        block: Weights that are decoded together, a power of two from 256 to 65536.
+        anchors: Clients that are decoded without the others; None for one in eight, two at least.
+        least_gain: Bits a weight that joint decoding must save.
+
+    Raises:
+        ConfigError: A value that is not allowed.
+    """
+
+    nmse: float | None = None
+    bits: float | None = None
+    memory: bool = True
+    joint: str = "auto"
+    combine: str = "mean"
+    block: int = 16384
+    anchors: int | None = None
+    least_gain: float = 0.15
+
+    def __post_init__(self) -> None:
+        if (self.nmse is None) == (self.bits is None):
+            raise ConfigError(f"nmse={self.nmse}, bits={self.bits}: one of them must be given")
+        for name, most in (("nmse", 1e4), ("bits", 12.0)):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= most:
+                raise ConfigError(f"{name}={value!r}: must be in (0, {most:g}]")
+        for name, allowed in (("joint", ("auto", "off")), ("combine", ("mean", "lmmse"))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
+        if self.block not in (1 << power for power in range(8, 17)):
+            raise ConfigError(f"block={self.block}: must be a power of two from 256 to 65536")
+        if self.anchors is not None and self.anchors < 1:
+            raise ConfigError(f"anchors={self.anchors}: must be at least 1")
+        if not self.least_gain >= 0:
+            raise ConfigError(f"least_gain={self.least_gain!r}: must be at least 0")
+
+    @property
+    def spec(self) -> str:
+        """``mbtc:key=value,...`` with what is not the default."""
+        told = (
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        )
+        return "mbtc:" + ",".join(told)
+
+    def client(self, layout: Layout, client: int, *, seed: int = 0) -> "MbtcClient":
+        """See :meth:`Uplink.client`."""
+        return MbtcClient(self, layout, client, seed)
+
+    def server(self, layout: Layout, *, seed: int = 0) -> "MbtcServer":
+        """See :meth:`Uplink.server`."""
+        return MbtcServer(self, layout, seed)

@@ -1,0 +1,172 @@
+"""The two ends of an uplink: what any framework calls. Between them go bytes and nothing else."""
+
+import abc
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from commrt.errors import ConfigError
+from commrt.federated.layout import Layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes of a round, as they were handed over: frames, tables and checks included.
+
+    Attributes:
+        uplink_bytes: From the clients, ``answer_bytes`` included.
+        answer_bytes: Of these, what clients were asked for once more.
+        downlink_bytes: Parameters and requests to the clients; the model itself is not among them.
+    """
+
+    uplink_bytes: int
+    answer_bytes: int
+    downlink_bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Aggregate:
+    """What a round came to.
+
+    Attributes:
+        mean: The weighted mean of the updates that arrived, flat fp32 (N,).
+        traffic: The round's bytes.
+        clients: Those whose update is in the mean, in ascending order.
+        report: Figures of the codec, by name.
+    """
+
+    mean: Tensor
+    traffic: Traffic
+    clients: tuple[int, ...]
+    report: Mapping[str, float]
+
+    @property
+    def bits(self) -> float:
+        """Uplink bits a weight and client."""
+        return 8 * self.traffic.uplink_bytes / (self.mean.numel() * len(self.clients))
+
+
+class Client(abc.ABC):
+    """A client's end.
+
+    A round is: :meth:`encode`, then :meth:`answer` for every request that comes.
+    """
+
+    @abc.abstractmethod
+    def encode(
+        self, round_index: int, update: Tensor, parameters: bytes, previous: Tensor | None = None
+    ) -> bytes:
+        """The payload of this round's update.
+
+        Args:
+            round_index: The round, from 0.
+            update: Flat, of the layout's elements; all finite.
+            parameters: What the server's ``begin`` returned for this client.
+            previous: The global update of the round before, to the bit as the server has it; None
+                where this client does not know it.
+
+        Raises:
+            ConfigError: The update has another shape or is not finite.
+            WireFormatError: ``parameters`` is damaged or of another round or client.
+        """
+
+    def answer(self, request: bytes) -> bytes:
+        """What the server lacks of the update encoded last.
+
+        Raises:
+            WireFormatError: The request is damaged or of another round or client.
+        """
+        raise ConfigError(f"a request of {len(request)} bytes: this codec's server sends none")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the client remembers from round to round; empty for most codecs."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        if state:
+            raise ConfigError(f"state has {sorted(state)}: this codec's clients remember nothing")
+
+
+class Server(abc.ABC):
+    """The server's end.
+
+    A round is: :meth:`begin`; :meth:`receive` for what comes; :meth:`requests`, and ``receive`` for
+    the answers, as often as there is time for; :meth:`finish`.
+    """
+
+    @abc.abstractmethod
+    def begin(
+        self,
+        round_index: int,
+        cohort: Sequence[int],
+        *,
+        weights: Mapping[int, float] | None = None,
+        previous: Tensor | None = None,
+    ) -> dict[int, bytes]:
+        """Start a round; the parameters for each client, to be sent along with the model.
+
+        Args:
+            round_index: The round, from 0.
+            cohort: The clients asked, each once.
+            weights: Of the mean, positive, by client; default, equal.
+            previous: The global update of the round before that clients are told. Default, the mean
+                that the last ``finish`` returned.
+        """
+
+    @abc.abstractmethod
+    def receive(self, client: int, payload: bytes) -> None:
+        """Take a client's payload or answer.
+
+        Raises:
+            WireFormatError: It cannot be decoded. Nothing of it was used; another may come.
+            ConfigError: The client is not in the cohort.
+        """
+
+    def requests(self) -> dict[int, bytes]:
+        """What to ask of which clients; empty once all that arrived is decoded."""
+        return {}
+
+    @abc.abstractmethod
+    def finish(self) -> Aggregate:
+        """End the round with what is there.
+
+        What could not be decoded is left out and the weights of the rest are made to add up to one.
+
+        Raises:
+            StateError: Nothing arrived.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the server remembers from round to round."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        if state:
+            raise ConfigError(f"state has {sorted(state)}: this codec's server remembers nothing")
+
+
+class Uplink(abc.ABC):
+    """A codec of updates: immutable, and the same on both sides."""
+
+    @property
+    @abc.abstractmethod
+    def spec(self) -> str:
+        """The canonical spec string."""
+
+    @abc.abstractmethod
+    def client(self, layout: Layout, client: int, *, seed: int = 0) -> Client:
+        """The end of client number ``client``.
+
+        Args:
+            layout: Of the updates.
+            client: Its number, which the server knows it by.
+            seed: Of all that is drawn, the same for all; in [0, 2**63).
+        """
+
+    @abc.abstractmethod
+    def server(self, layout: Layout, *, seed: int = 0) -> Server:
+        """The server's end, for updates of ``layout`` and clients with the same ``seed``."""
