@@ -350,6 +350,7 @@ NB_MODULE(_C, m) {
 #endif
 
   bind_dither(m);
+  bind_rans(m);
 
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);

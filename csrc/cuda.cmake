@@ -5,7 +5,8 @@
 
 set(COMMRT_CUDA_SOURCES
   cuda/block_encode.cu cuda/decode.cu cuda/decode_average_encode.cu cuda/device.cu
-  cuda/dither.cu cuda/lmmse_combine.cu cuda/loco_encode.cu cuda/patch_apply.cu cuda/rescale.cu cuda/step.cu)
+  cuda/dither.cu cuda/lmmse_combine.cu cuda/loco_encode.cu cuda/patch_apply.cu cuda/rans.cu
+  cuda/rescale.cu cuda/step.cu)
 set(COMMRT_CUDA_NAME none)
 
 if(COMMRT_CUDA STREQUAL "SHIM")

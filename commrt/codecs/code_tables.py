@@ -7,8 +7,8 @@ in the phase [a, b),
 
     P(n) = 1 / (b - a) * (integral from a to b of F(n + 1/2 - u) - F(n - 1/2 - u) du)
 
-r has a generalised Gaussian density, exp(-(abs(r) / alpha)^beta). Each shape beta, scale sigma / step
-and phase has a row of its own, number ``(shape * NUM_SCALES + scale) * NUM_PHASES + phase``.
+r has a generalised Gaussian density, exp(-(abs(r) / alpha)^beta). Each shape beta, scale
+sigma / step and phase has a row, ``(shape * NUM_SCALES + scale) * NUM_PHASES + phase``.
 
 Sender and receiver must have the same tables to the bit. So they are made by additions,
 multiplications, divisions and square roots of IEEE doubles alone, an element at a time: by no
@@ -24,13 +24,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from commrt.ops.rans import ESCAPE, MOST_CODE, SLOT_BITS, SYMBOLS
+from commrt.ops.rans import ESCAPE, MOST_CODE, SLOT_BITS, SLOTS, SYMBOLS
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 Number = TypeVar("Number", float, Floats)
 
-SLOTS = 1 << SLOT_BITS
 NUM_PHASES = 16
 PHASE_EDGES = np.arange(NUM_PHASES + 1) / NUM_PHASES - 0.5
 

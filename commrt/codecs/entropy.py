@@ -12,6 +12,8 @@ no slots in its row. Varints have the lowest seven bits first, and zigzag is 2 n
 -2 n - 1.
 """
 
+import zlib
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -27,7 +29,7 @@ from commrt.codecs.code_tables import (
     frequencies,
 )
 from commrt.errors import ConfigError, WireFormatError
-from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, SLOT_BITS, SYMBOLS
+from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, RANS_SEGMENT, SLOT_BITS, SYMBOLS
 
 __all__ = [
     "code_length",
@@ -40,7 +42,7 @@ __all__ = [
 
 WORD_BYTES = 2
 # A lane costs three bytes, which should be little of a stream; more lanes are faster.
-LANES_FROM = ((1 << 18, 32), (1 << 15, 4), (0, 1))
+LANES_FROM = ((1 << 18, 4), (0, 1))
 # Of a varint: 16 bits of zigzag for a code, a length of up to 2**18 + 64.
 MOST_VARINT_BYTES = 3
 
@@ -65,11 +67,16 @@ def encode_codes(codes: Tensor, rows: Tensor) -> bytes:
         )
     lanes, is_escaped = _num_lanes(codes.numel()), _are_escaped(codes, rows)
     escaped = codes[is_escaped].cpu().numpy()
-    words, lengths = _empty_streams(codes.numel(), ops.rans_capacity(codes.numel(), lanes), codes)
+    checks = _checksums(codes)
+    words = codes.new_empty(
+        checks.numel(), ops.rans_capacity(codes.numel(), lanes), dtype=torch.uint16
+    )
+    lengths = codes.new_empty(checks.numel(), dtype=torch.int32)
     ops.rans_encode(
         codes.masked_fill(is_escaped, ESCAPED) if escaped.size else codes,
         rows,
         entropy_tables(codes.device),
+        checks,
         words,
         lengths,
         lanes=lanes,
@@ -108,14 +115,16 @@ def decode_codes(payload: bytes, rows: Tensor, numel: int) -> Tensor:
         raise ConfigError(f"rows has {rows.numel()} elements: must have numel={numel}")
     lanes, data = _num_lanes(numel), np.frombuffer(payload, dtype=np.uint8)
     lengths, begin = _read_lengths(data, numel, lanes)
-    codes = torch.empty(numel, dtype=torch.int16, device=rows.device)
-    used = torch.empty(len(lengths), dtype=torch.int32, device=rows.device)
+    codes = torch.empty_like(rows)
+    checks = rows.new_empty(len(lengths), dtype=torch.uint16)
+    used = rows.new_empty(len(lengths), dtype=torch.int32)
     ops.rans_decode(
         _read_words(data, begin, lengths).to(rows.device),
         torch.tensor(lengths, dtype=torch.int32, device=rows.device),
         rows,
         entropy_tables(rows.device),
         codes,
+        checks,
         used,
         lanes=lanes,
     )
@@ -123,6 +132,8 @@ def decode_codes(payload: bytes, rows: Tensor, numel: int) -> Tensor:
     if taken[:-1] != lengths[:-1] or min(taken, default=0) < 0:
         raise WireFormatError(f"a stream of {numel} codes is damaged")
     _fill_escaped(codes, rows, data[begin + WORD_BYTES * sum(taken) :])
+    if checks.tolist() != _checksums(codes).tolist():
+        raise WireFormatError(f"a checksum of {numel} codes is not theirs")
     return codes
 
 
@@ -170,10 +181,12 @@ def _are_escaped(codes: Tensor, rows: Tensor) -> Tensor:
     return is_escaped
 
 
-def _empty_streams(numel: int, capacity: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    segments = ops.rans_segments(numel)
-    words = torch.empty(segments, capacity, dtype=torch.uint16, device=like.device)
-    return words, torch.empty(segments, dtype=torch.int32, device=like.device)
+def _checksums(codes: Tensor) -> Tensor:
+    """Of each segment, uint16 [S]."""
+    parts = codes.cpu().numpy().astype("<i2", copy=False)
+    begins = range(0, parts.size, RANS_SEGMENT)
+    sums = [zlib.crc32(parts[begin : begin + RANS_SEGMENT].data) & 0xFFFF for begin in begins]
+    return torch.tensor(sums, dtype=torch.uint16, device=codes.device)
 
 
 # -- what surrounds the streams -------------------------------------------------------------------

@@ -15,8 +15,9 @@ next word as 16 low bits more. Lanes take turns. A stream of 16-bit words is ``s
     states    2 words a lane      with which decoding begins, the low half first
     words                         in the order in which they are taken
 
-An encoder begins with 2**16 in every lane, where therefore every decoder has to end: a check of 16
-bits a lane.
+An encoder begins with 2**16 in every lane, where therefore every decoder has to end; but to that of
+the first lane it adds 16 bits of any meaning, which the decoder finds there: a place for a checksum
+that takes no room.
 
 Cost: the code length by the table and 2 to 4 bytes a lane and segment, three on average.
 
@@ -38,6 +39,7 @@ MOST_CODE = 31
 ESCAPE = SYMBOLS - 1
 ESCAPED = -(1 << 15)
 SLOT_BITS = 14
+SLOTS = 1 << SLOT_BITS
 
 
 def rans_segments(numel: int) -> int:
@@ -53,7 +55,14 @@ def rans_capacity(numel: int, lanes: int) -> int:
 
 @takes_arrays("words", "lengths")
 def rans_encode(
-    codes: Tensor, rows: Tensor, starts: Tensor, words: Tensor, lengths: Tensor, *, lanes: int
+    codes: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    checks: Tensor,
+    words: Tensor,
+    lengths: Tensor,
+    *,
+    lanes: int,
 ) -> None:
     """Write the streams of ``codes``. Deterministic and lossless, but for what escapes.
 
@@ -61,26 +70,28 @@ def rans_encode(
         codes: int16[N].
         rows: int16[N], the row of the table for each code.
         starts: uint16[R, 64], rows of lower bounds, the first of them 0, that do not fall.
+        checks: uint16[S], what goes with each segment beside its codes.
         words: uint16[S, W], S = ``rans_segments(N)`` and W >= ``rans_capacity(N, lanes)``; row s is
             overwritten with the stream of segment s, and behind it with anything.
         lengths: int32[S], overwritten with the words of each stream; -1 for a segment with a row
             that is not in the table, or a symbol that has no slots.
         lanes: 1, 4 or 32; more are faster and cost up to four bytes each.
     """
-    _check(codes, rows, starts, words, lengths, "codes", lanes)
+    _check(codes, rows, starts, checks, words, lengths, codes.numel(), lanes)
     least = rans_capacity(codes.numel(), lanes)
     if words.shape[1] < least:
         raise ConfigError(f"words has {words.shape[1]} a segment: must have at least {least}")
-    torch.ops.commrt.rans_encode(codes, rows, starts, lanes, words, lengths)
+    torch.ops.commrt.rans_encode(codes, rows, starts, lanes, checks, words, lengths)
 
 
-@takes_arrays("codes", "used")
+@takes_arrays("codes", "checks", "used")
 def rans_decode(
     words: Tensor,
     lengths: Tensor,
     rows: Tensor,
     starts: Tensor,
     codes: Tensor,
+    checks: Tensor,
     used: Tensor,
     *,
     lanes: int,
@@ -93,32 +104,34 @@ def rans_decode(
         rows: int16[N], as they were when encoding.
         starts: uint16[R, 64], as it was when encoding.
         codes: int16[N], overwritten; :data:`ESCAPED` for the escape.
+        checks: uint16[S], overwritten with what went with each segment.
         used: int32[S], overwritten with the words that each segment was decoded from; -1 for a
-            segment that no encoder wrote, whose codes are then all 0: one that lacks words, does
-            not end in the state in which encoding begins, or has a row that is not in the table.
+            segment that no encoder wrote, whose codes and check are then 0: one that lacks words,
+            does not end where encoding begins, or has a row that is not in the table.
         lanes: As when encoding.
 
     Cost: bounded by N, whatever is in the words.
     """
-    _check(codes, rows, starts, words, lengths, "rows", lanes)
+    _check(codes, rows, starts, checks, words, lengths, rows.numel(), lanes)
     _check_flat("used", used, torch.int32, lengths.numel(), words.device)
-    torch.ops.commrt.rans_decode(words, lengths, rows, starts, lanes, codes, used)
+    torch.ops.commrt.rans_decode(words, lengths, rows, starts, lanes, codes, checks, used)
 
 
 def _check(
     codes: Tensor,
     rows: Tensor,
     starts: Tensor,
+    checks: Tensor,
     words: Tensor,
     lengths: Tensor,
-    numel_of: str,
+    numel: int,
     lanes: int,
 ) -> None:
     _check_lanes(lanes)
-    numel = {"codes": codes, "rows": rows}[numel_of].numel()
     num_segments, device = rans_segments(numel), codes.device
     _check_flat("codes", codes, torch.int16, numel, device)
     _check_flat("rows", rows, torch.int16, numel, device)
+    _check_flat("checks", checks, torch.uint16, num_segments, device)
     _check_flat("lengths", lengths, torch.int32, num_segments, device)
     _check_matrix("starts", starts, (max(starts.shape[0], 1), SYMBOLS), device)
     _check_matrix("words", words, (num_segments, words.shape[-1]), device)

@@ -26,6 +26,8 @@ namespace commrt {
   void dither_dequantise(const DitherDequantiseArgs&, std::int64_t, std::int64_t);        \
   void scale_rows(const ScaleRowsArgs&, std::int64_t, std::int64_t);                      \
   void lmmse_combine(const LmmseCombineArgs&, std::int64_t, std::int64_t);                \
+  void rans_encode(const RansEncodeArgs&, std::int64_t, std::int64_t);                    \
+  void rans_decode(const RansDecodeArgs&, std::int64_t, std::int64_t);                    \
   const Kernels kernels = {#isa,                                                          \
                            block_encode,                                                  \
                            block_decode,                                                  \
@@ -46,7 +48,9 @@ namespace commrt {
                            dither_quantise,                                               \
                            dither_dequantise,                                             \
                            scale_rows,                                                    \
-                           lmmse_combine};                                                \
+                           lmmse_combine,                                                 \
+                           rans_encode,                                                   \
+                           rans_decode};                                                  \
   }
 
 COMMRT_DECLARE_KERNELS(portable)

@@ -3,6 +3,7 @@
 
 #include "../dither.h"
 #include "../ops.h"
+#include "../rans.h"
 #include "../step.h"
 #include "patch_piece.h"
 
@@ -31,6 +32,8 @@ struct Kernels {
   void (*dither_dequantise)(const DitherDequantiseArgs&, std::int64_t begin, std::int64_t end);
   void (*scale_rows)(const ScaleRowsArgs&, std::int64_t begin, std::int64_t end);
   void (*lmmse_combine)(const LmmseCombineArgs&, std::int64_t begin, std::int64_t end);
+  void (*rans_encode)(const RansEncodeArgs&, std::int64_t begin, std::int64_t end);
+  void (*rans_decode)(const RansDecodeArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace commrt

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../ops.h"
+#include "../rans.h"
 #include "../step.h"
 
 namespace commrt::cuda {
@@ -19,6 +20,8 @@ void decode_average_encode(const DecodeAverageEncodeArgs& args, std::int64_t num
                            Queue queue);
 void rescale(const RescaleArgs& args, std::int64_t num_blocks, Queue queue);
 void patch_apply(const PatchApplyArgs& args, Queue queue);
+void rans_encode(const RansEncodeArgs& args, Queue queue);
+void rans_decode(const RansDecodeArgs& args, Queue queue);
 
 void adam_mini(const StepList& list, Queue queue);
 void adamw(const StepList& list, Queue queue);

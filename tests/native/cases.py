@@ -21,6 +21,7 @@ OPS = (
     *("block_encode", "block_decode", "loco_encode", "decode_average", "decode_average_encode"),
     *("rescale_", "patch_encode", "patch_apply_"),
     *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
+    *("rans_encode", "rans_decode"),
 )
 KINDS = ((1, "mean"), (2, "absmax"), (2, "mean"), (4, "absmax"), (8, "absmax"))
 FILL = 0xA5  # what payloads hold before an op writes to them

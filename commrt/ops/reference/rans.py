@@ -11,22 +11,27 @@ from commrt.ops.rans import (
     MOST_CODE,
     RANS_SEGMENT,
     SLOT_BITS,
-    rans_segments,
+    SLOTS,
 )
 
-SLOTS = 1 << SLOT_BITS
 WORD_BITS = 16
 WORD = (1 << WORD_BITS) - 1
 LEAST_STATE = 1 << WORD_BITS
 
 
 def rans_encode(
-    codes: Tensor, rows: Tensor, starts: Tensor, lanes: int, words: Tensor, lengths: Tensor
+    codes: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    lanes: int,
+    checks: Tensor,
+    words: Tensor,
+    lengths: Tensor,
 ) -> None:
     """See :func:`commrt.ops.rans_encode`."""
-    for segment in range(rans_segments(codes.numel())):
+    for segment, check in enumerate(checks.tolist()):
         window = slice(segment * RANS_SEGMENT, (segment + 1) * RANS_SEGMENT)
-        stream = _encode_segment(codes[window], rows[window], starts, lanes)
+        stream = _encode_segment(codes[window], rows[window], starts, lanes, check)
         lengths[segment] = -1 if stream is None else len(stream)
         if stream is not None:
             words[segment, : len(stream)] = torch.tensor(stream).to(words)
@@ -39,22 +44,26 @@ def rans_decode(
     starts: Tensor,
     lanes: int,
     codes: Tensor,
+    checks: Tensor,
     used: Tensor,
 ) -> None:
     """See :func:`commrt.ops.rans_decode`."""
     for segment, length in enumerate(lengths.tolist()):
         window = slice(segment * RANS_SEGMENT, (segment + 1) * RANS_SEGMENT)
         codes[window] = 0
+        checks[segment] = 0
         used[segment] = -1
         if 2 * lanes <= length <= words.shape[1]:
             stream = words[segment, :length].tolist()
             found = _decode_segment(stream, rows[window], starts, lanes)
             if found is not None:
                 codes[window] = torch.tensor(found[0]).to(codes)
-                used[segment] = found[1]
+                checks[segment], used[segment] = found[1:]
 
 
-def _encode_segment(code_N: Tensor, row_N: Tensor, starts: Tensor, lanes: int) -> list[int] | None:
+def _encode_segment(
+    code_N: Tensor, row_N: Tensor, starts: Tensor, lanes: int, check: int
+) -> list[int] | None:
     """The segment's stream; None if it has none."""
     if not _are_rows(row_N, starts):
         return None
@@ -63,7 +72,7 @@ def _encode_segment(code_N: Tensor, row_N: Tensor, starts: Tensor, lanes: int) -
     symbol_N = torch.where(is_inside, code_N.long() + MOST_CODE, ESCAPE)
     first_N = bounds[row_N.long(), symbol_N].tolist()
     end_N = bounds[row_N.long(), symbol_N + 1].tolist()
-    state_L = [LEAST_STATE] * lanes
+    state_L = [LEAST_STATE + check, *[LEAST_STATE] * (lanes - 1)]
     backwards = []
     for j in reversed(range(len(first_N))):
         state, frequency = state_L[j % lanes], end_N[j] - first_N[j]
@@ -79,8 +88,8 @@ def _encode_segment(code_N: Tensor, row_N: Tensor, starts: Tensor, lanes: int) -
 
 def _decode_segment(
     stream: list[int], row_N: Tensor, starts: Tensor, lanes: int
-) -> tuple[list[int], int] | None:
-    """The codes and the words they were decoded from; None if no encoder wrote that."""
+) -> tuple[list[int], int, int] | None:
+    """The codes, the check and the words they were decoded from; None if no encoder wrote that."""
     if not _are_rows(row_N, starts):
         return None
     bounds = {row: [*starts[row].tolist(), SLOTS] for row in row_N.unique().tolist()}
@@ -99,7 +108,9 @@ def _decode_segment(
             at += 1
         state_L[j % lanes] = state
         codes.append(ESCAPED if symbol == ESCAPE else symbol - MOST_CODE)
-    return (codes, at) if state_L == [LEAST_STATE] * lanes else None
+    check = state_L[0] - LEAST_STATE
+    is_whole = check <= WORD and state_L[1:] == [LEAST_STATE] * (lanes - 1)
+    return (codes, check, at) if is_whole else None
 
 
 def _are_rows(row_N: Tensor, starts: Tensor) -> bool:

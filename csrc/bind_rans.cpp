@@ -1,0 +1,80 @@
+// The ops of rANS: addresses and sizes in, nothing out.
+#include "bind.h"
+#include "cpu/dispatch.h"
+#include "cpu/thread_pool.h"
+
+namespace nb = nanobind;
+
+namespace commrt {
+namespace {
+
+// On threads of the CPU, a segment at a time.
+template <typename Args>
+void spread(void (*kernel)(const Args&, Index, Index), const Args& args, ThreadCount threads) {
+  parallel_for(rans_segments(args.numel), 1, threads.count,
+               [&](Index begin, Index end) { kernel(args, begin, end); });
+}
+
+void run(const RansEncodeArgs& args, ThreadCount threads) {
+  spread(active_kernels().rans_encode, args, threads);
+}
+void run(const RansDecodeArgs& args, ThreadCount threads) {
+  spread(active_kernels().rans_decode, args, threads);
+}
+
+#if defined(COMMRT_CUDA)
+void run(const RansEncodeArgs& args, cuda::Queue queue) { cuda::rans_encode(args, queue); }
+void run(const RansDecodeArgs& args, cuda::Queue queue) { cuda::rans_decode(args, queue); }
+#endif
+
+template <typename Where>
+void rans_encode(Address codes, Address rows, Index numel, Address starts, Index num_rows,
+                 int lanes, Address checks, Address words, Index capacity, Address lengths,
+                 Where where) {
+  const nb::gil_scoped_release release;
+  run(RansEncodeArgs{at<const std::int16_t>(codes),
+                     at<const std::int16_t>(rows),
+                     numel,
+                     {at<const std::uint16_t>(starts), num_rows},
+                     lanes,
+                     at<const std::uint16_t>(checks),
+                     at<std::uint16_t>(words),
+                     capacity,
+                     at<std::int32_t>(lengths)},
+      where);
+}
+
+template <typename Where>
+void rans_decode(Address words, Index capacity, Address lengths, Address rows, Index numel,
+                 Address starts, Index num_rows, int lanes, Address codes, Address checks,
+                 Address used, Where where) {
+  const nb::gil_scoped_release release;
+  run(RansDecodeArgs{at<const std::uint16_t>(words),
+                     capacity,
+                     at<const std::int32_t>(lengths),
+                     at<const std::int16_t>(rows),
+                     numel,
+                     {at<const std::uint16_t>(starts), num_rows},
+                     lanes,
+                     at<std::int16_t>(codes),
+                     at<std::uint16_t>(checks),
+                     at<std::int32_t>(used)},
+      where);
+}
+
+template <typename Where>
+void define_ops(nb::module_& m) {
+  m.def("rans_encode", &rans_encode<Where>);
+  m.def("rans_decode", &rans_decode<Where>);
+}
+
+}  // namespace
+
+void bind_rans(nb::module_& m) {
+  define_ops<ThreadCount>(m);
+#if defined(COMMRT_CUDA)
+  define_ops<cuda::Queue>(m);
+#endif
+}
+
+}  // namespace commrt

@@ -1,0 +1,76 @@
+#include <cstring>
+
+#include "../rans.h"
+#include "simd.h"
+
+namespace commrt::COMMRT_ISA {
+namespace {
+
+template <int lanes>
+struct Encoder {
+  const RansTable table;
+  std::uint16_t* words;  // the last one first
+  std::uint32_t states[lanes];
+  bool is_codable;
+
+  Encoder(const RansTable& table, std::uint16_t* end, std::uint16_t check)
+      : table(table), words(end), is_codable(true) {
+    for (std::uint32_t& state : states) state = kLeastState;
+    states[0] += check;
+  }
+
+  COMMRT_MEMBER void push(int lane, std::int16_t code, std::int16_t row) {
+    const bool is_row = row >= 0 && row < table.num_rows;
+    Slots slots = slots_of(table.starts + (is_row ? row : 0) * kSymbols, symbol_of(code));
+    is_codable &= is_row && slots.frequency != 0;
+    slots.frequency += slots.frequency == 0;
+    states[lane] = pushed(without_word(states[lane], slots.frequency), slots);
+  }
+
+  // Without a branch, which could not be foreseen: a word that is not given away is overwritten.
+  COMMRT_MEMBER std::uint32_t without_word(std::uint32_t state, std::uint32_t frequency) {
+    const bool gives = gives_word(state, frequency);
+    words[-1] = static_cast<std::uint16_t>(state);
+    words -= gives;
+    return state >> gives * kWordBits;
+  }
+};
+
+// The words of the stream; -1 if it cannot be.
+template <int lanes>
+COMMRT_PHASE std::int32_t encode_segment(const RansEncodeArgs& args, std::int64_t segment) {
+  const std::int16_t *codes = args.codes + segment * kRansSegment,
+                     *rows = args.rows + segment * kRansSegment;
+  std::uint16_t *const stream = args.words + segment * args.capacity, *const end =
+                                                                          stream + args.capacity;
+  Encoder<lanes> encoder(args.table, end, args.checks[segment]);
+  int j = rans_count(args.numel, segment);
+  while (j % lanes) --j, encoder.push(j % lanes, codes[j], rows[j]);
+  while (j > 0) {
+    j -= lanes;
+#pragma GCC unroll 4
+    for (int lane = lanes - 1; lane >= 0; --lane) {
+      encoder.push(lane, codes[j + lane], rows[j + lane]);
+    }
+  }
+  if (!encoder.is_codable) return -1;
+  for (int lane = 0; lane < lanes; ++lane) {
+    stream[2 * lane] = static_cast<std::uint16_t>(encoder.states[lane]);
+    stream[2 * lane + 1] = static_cast<std::uint16_t>(encoder.states[lane] >> kWordBits);
+  }
+  const auto num_words = end - encoder.words;
+  std::memmove(stream + 2 * lanes, encoder.words, sizeof *stream * num_words);
+  return static_cast<std::int32_t>(2 * lanes + num_words);
+}
+
+}  // namespace
+
+void rans_encode(const RansEncodeArgs& args, std::int64_t begin, std::int64_t end) {
+  with_lanes(args.lanes, [&]<int lanes>() {
+    for (std::int64_t segment = begin; segment < end; ++segment) {
+      args.lengths[segment] = encode_segment<lanes>(args, segment);
+    }
+  });
+}
+
+}  // namespace commrt::COMMRT_ISA
