@@ -4,9 +4,9 @@
 #             SHIM   the same kernels by the host's compiler, taking addresses of the CPU: for tests
 
 set(COMMRT_CUDA_SOURCES
-  cuda/block_encode.cu cuda/decode.cu cuda/decode_average_encode.cu cuda/device.cu
-  cuda/dither.cu cuda/lmmse_combine.cu cuda/loco_encode.cu cuda/patch_apply.cu cuda/rans.cu
-  cuda/rescale.cu cuda/step.cu)
+  cuda/block_encode.cu cuda/coset.cu cuda/decode.cu cuda/decode_average_encode.cu cuda/device.cu
+  cuda/dither.cu cuda/lmmse_combine.cu cuda/loco_encode.cu cuda/patch_apply.cu
+  cuda/polar_decode.cu cuda/polar_transform.cu cuda/rans.cu cuda/rescale.cu cuda/step.cu)
 set(COMMRT_CUDA_NAME none)
 
 if(COMMRT_CUDA STREQUAL "SHIM")

@@ -88,7 +88,7 @@ def polar_decode(
         raise ConfigError(f"scratch is {scratch.dtype} {tuple(scratch.shape)}: must be 1-D float32")
     if scratch.numel() < least:
         raise ConfigError(f"scratch has {scratch.numel()} elements: must be at least {least}")
-    _check_devices(llr, known=known, values=values, bits=bits, scratch=scratch)
+    _check_devices(llr=llr, known=known, values=values, bits=bits, scratch=scratch)
     torch.ops.commrt.polar_decode(llr, known, values, bits, scratch, paths)
 
 
@@ -116,7 +116,7 @@ def coset_llr(position: Tensor, known: Tensor, plane: int, table: Tensor, llr: T
     length = table.numel()
     if not 2 <= length <= MOST_TABLE or length & (length - 1):
         raise ConfigError(f"table has {length} elements: must be a power of two up to {MOST_TABLE}")
-    _check_devices(position, known=known, table=table, llr=llr)
+    _check_devices(position=position, known=known, table=table, llr=llr)
     torch.ops.commrt.coset_llr(position, known, plane, table, llr)
 
 
@@ -138,7 +138,7 @@ def coset_decode(position: Tensor, residues: Tensor, modulus: int, codes: Tensor
     _check_like("codes", codes, position, torch.int16)
     if not 1 <= modulus <= MOST_MODULUS:
         raise ConfigError(f"modulus={modulus}: must be from 1 to {MOST_MODULUS}")
-    _check_devices(position, residues=residues, codes=codes)
+    _check_devices(position=position, residues=residues, codes=codes)
     torch.ops.commrt.coset_decode(position, residues, modulus, codes)
 
 
@@ -178,7 +178,8 @@ def _check_like(name: str, tensor: Tensor, first: Tensor, dtype: torch.dtype) ->
         )
 
 
-def _check_devices(first: Tensor, **others: Tensor) -> None:
-    for name, tensor in others.items():
-        if tensor.device != first.device:
-            raise ConfigError(f"{name} is on {tensor.device}: must be on {first.device}")
+def _check_devices(**tensors: Tensor) -> None:
+    (first, expected), *others = ((name, tensor.device) for name, tensor in tensors.items())
+    for name, device in others:
+        if device != expected:
+            raise ConfigError(f"{name} is on {device}: must be on {expected}, as {first} is")

@@ -28,6 +28,10 @@ namespace commrt {
   void lmmse_combine(const LmmseCombineArgs&, std::int64_t, std::int64_t);                \
   void rans_encode(const RansEncodeArgs&, std::int64_t, std::int64_t);                    \
   void rans_decode(const RansDecodeArgs&, std::int64_t, std::int64_t);                    \
+  void polar_transform(const PolarTransformArgs&, std::int64_t, std::int64_t);            \
+  void polar_decode(const PolarDecodeArgs&, std::int64_t, std::int64_t);                  \
+  void coset_llr(const CosetLlrArgs&, std::int64_t, std::int64_t);                        \
+  void coset_decode(const CosetDecodeArgs&, std::int64_t, std::int64_t);                  \
   const Kernels kernels = {#isa,                                                          \
                            block_encode,                                                  \
                            block_decode,                                                  \
@@ -50,7 +54,11 @@ namespace commrt {
                            scale_rows,                                                    \
                            lmmse_combine,                                                 \
                            rans_encode,                                                   \
-                           rans_decode};                                                  \
+                           rans_decode,                                                   \
+                           polar_transform,                                               \
+                           polar_decode,                                                  \
+                           coset_llr,                                                     \
+                           coset_decode};                                                 \
   }
 
 COMMRT_DECLARE_KERNELS(portable)

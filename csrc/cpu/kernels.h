@@ -3,6 +3,7 @@
 
 #include "../dither.h"
 #include "../ops.h"
+#include "../polar.h"
 #include "../rans.h"
 #include "../step.h"
 #include "patch_piece.h"
@@ -34,6 +35,10 @@ struct Kernels {
   void (*lmmse_combine)(const LmmseCombineArgs&, std::int64_t begin, std::int64_t end);
   void (*rans_encode)(const RansEncodeArgs&, std::int64_t begin, std::int64_t end);
   void (*rans_decode)(const RansDecodeArgs&, std::int64_t begin, std::int64_t end);
+  void (*polar_transform)(const PolarTransformArgs&, std::int64_t begin, std::int64_t end);
+  void (*polar_decode)(const PolarDecodeArgs&, std::int64_t begin, std::int64_t end);
+  void (*coset_llr)(const CosetLlrArgs&, std::int64_t begin, std::int64_t end);
+  void (*coset_decode)(const CosetDecodeArgs&, std::int64_t begin, std::int64_t end);
 };
 
 }  // namespace commrt

@@ -22,6 +22,7 @@ OPS = (
     *("rescale_", "patch_encode", "patch_apply_"),
     *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
     *("rans_encode", "rans_decode"),
+    *("polar_transform_", "polar_decode", "coset_llr", "coset_decode"),
 )
 KINDS = ((1, "mean"), (2, "absmax"), (2, "mean"), (4, "absmax"), (8, "absmax"))
 FILL = 0xA5  # what payloads hold before an op writes to them

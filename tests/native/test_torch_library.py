@@ -23,6 +23,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     patch = torch.zeros(ops.patch_capacity(100, torch.float32), dtype=torch.uint8)
     ops.patch_encode(flat, -flat, patch)
     codes = torch.arange(100, dtype=torch.int16)
+    small = torch.ones(100, dtype=torch.int16)
     return {
         "block_encode": (flat, empty, 4, 32, False, 7, 0, 4, 0),
         "block_decode": (payloads[0].clone(), torch.zeros(100), 4, 32, 0, 4, 0),
@@ -36,7 +37,18 @@ def arguments(name: str) -> tuple[Any, ...]:
         "dither_dequantise": (codes, None, flat, 0.5, 7, 3, "z"),
         "scale_rows": (codes, flat, None, 0.5, codes[:9].clone(), 240, 7, 3, "z"),
         "lmmse_combine": (flat.repeat(3, 1), torch.ones(3), flat.clone()),
+        "polar_transform_": (torch.ones(2, 256, dtype=torch.uint8),),
+        "polar_decode": polar_arguments(),
+        "coset_llr": (flat, small, 1, torch.linspace(2, -2, 64), torch.zeros(100)),
+        "coset_decode": (flat, small, 4, torch.zeros_like(small)),
     }[name]
+
+
+def polar_arguments() -> tuple[Any, ...]:
+    """Two blocks whose u are known but for every other."""
+    llr, values = torch.linspace(-3, 5, 512).view(2, 256), torch.ones(2, 256, dtype=torch.uint8)
+    known = torch.arange(256, dtype=torch.uint8) % 2
+    return llr, known, values, torch.zeros_like(values), torch.zeros(ops.polar_scratch(2, 8, 2)), 2
 
 
 @pytest.mark.parametrize("name", cases.OPS)

@@ -64,7 +64,9 @@ class Parameters:
         if any(self.planes):
             for planes in self.planes:
                 parts.append(bytes((len(planes),)))
-                parts += [struct.pack("<BH", plane.entropy_bin, plane.num_bits // 8) for plane in planes]
+                parts += [
+                    struct.pack("<BH", plane.entropy_bin, plane.num_bits // 8) for plane in planes
+                ]
         return b"".join(parts)
 
     @classmethod
