@@ -87,7 +87,7 @@ def bits_needed(log2_size: int, entropy: float, margin: float = 0.0) -> int:
         raise ConfigError(f"entropy={entropy!r}: must be in [0, 1]")
     size = 1 << log2_size
     gap = GAP * 2 ** (-SHRINK * log2_size) * entropy**LOW * (1 - entropy) ** HIGH
-    share = entropy + gap + margin
+    share = max(0.0, entropy + gap + margin)
     return size if share > 1 - LEAST_SAVING else 8 * math.ceil(size * share / 8)
 
 

@@ -67,11 +67,12 @@ def planes_for(sigma: float, block: int, margin: float) -> tuple[Plane, ...]:
     """The planes to send where a code is known up to a Gaussian error of so many steps."""
     octaves = math.ceil(SIGMAS_PER_OCTAVE * math.log2(max(sigma, 2.0**-6)))
     log2_size, planes = block.bit_length() - 1, list[Plane]()
-    for entropy in _entropies(octaves):
+    for index in range(MOST_PLANES):
+        entropy = _entropy(octaves, index)
         if block * entropy < NEGLIGIBLE_BITS and planes:
             break
-        wanted = min(1.0, entropy)
-        planes.append(Plane(entropy_bin_of(wanted), bits_needed(log2_size, wanted, margin)))
+        num_bits = bits_needed(log2_size, entropy, margin)
+        planes.append(Plane(entropy_bin_of(entropy), num_bits))
     return tuple(planes)
 
 
@@ -81,7 +82,7 @@ def bits_of(planes: Sequence[Plane], block: int) -> float:
     return (sum(plane.num_bits for plane in planes) + 8 * CHECK_BYTES * checks) / block
 
 
-@functools.lru_cache(maxsize=1024)
-def _entropies(octaves: int) -> tuple[float, ...]:
-    sigma = 2.0 ** (octaves / SIGMAS_PER_OCTAVE)
-    return tuple(plane_entropy(sigma * 2.0**-index, 2.0**-index) for index in range(MOST_PLANES))
+@functools.lru_cache(maxsize=4096)
+def _entropy(octaves: int, index: int) -> float:
+    place = 2.0**-index
+    return min(1.0, plane_entropy(2.0 ** (octaves / SIGMAS_PER_OCTAVE) * place, place))
