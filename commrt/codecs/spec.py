@@ -49,7 +49,9 @@ def parse(spec: str | Codec) -> Codec:
     family, number = _FAMILIES[match[1]]
     if number == "bits" and int(match[2]) not in BITS:
         raise ConfigError(f"codec={spec!r} has {match[2]} bits: must be one of {BITS}")
-    codec: Codec = family(**{number: int(match[2])}, **_options(spec, family, number, match[3]))
+    codec: Codec = family(
+        **{number: int(match[2])}, **parse_options(spec, family, {number}, match[3])
+    )
     return codec
 
 
@@ -64,9 +66,16 @@ def with_block(spec: str | Codec, block: int) -> Codec:
     return parse(spec)
 
 
-def _options(spec: str, family: type[Any], number: str, text: str | None) -> dict[str, Any]:
-    types = {field.name: field.type for field in dataclasses.fields(family) if field.init}
-    del types[number]
+def parse_options(
+    spec: str, family: type[Any], taken: set[str], text: str | None
+) -> dict[str, Any]:
+    """Arguments of the dataclass ``family`` from ``key=value,...``, but for those ``taken``.
+
+    Raises:
+        ConfigError: For an unknown option, or a value that its type does not have; names ``spec``.
+    """
+    fields = dataclasses.fields(family)
+    types = {field.name: field.type for field in fields if field.init and field.name not in taken}
     options: dict[str, Any] = {}
     for part in text.split(",") if text else []:
         key, _, value = part.partition("=")

@@ -1,1 +1,1 @@
-"""Federated uplinks: clients' updates in few bytes, of which a server decodes the mean."""
+"""The federated uplink: what clients send of their updates, and how the server reads it."""
