@@ -222,6 +222,23 @@ def test_mutated_payloads(spec: str, numel: int) -> None:
     assert num_raised > 0
 
 
+@pytest.mark.parametrize(
+    "spec", ["fp32", "fp16", "bf16", "eden1", "sign", "topk:share=1", "qsgd:levels=1"]
+)
+def test_values_that_are_not_finite_do_not_get_in(spec: str) -> None:
+    """Every two or four bytes of the payload as an infinity or a NaN, in turn."""
+    codec = parse_baseline(spec)
+    payload = codec.encode(normal(9), DRAW)
+    for at in range(len(payload)):
+        for special in (b"\x00\x7c", b"\x80\x7f", b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff"):
+            hostile = payload[:at] + special + payload[at + len(special) :]
+            try:
+                output = codec.decode(hostile[: len(payload)], 9, DRAW)
+            except WireFormatError:
+                continue
+            assert output.isfinite().all()
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_payload_of_another_size(spec: str) -> None:
     codec = parse_baseline(spec)

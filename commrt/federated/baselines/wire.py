@@ -45,11 +45,12 @@ class PayloadReader:
 
     def floats(self, count: int, dtype: torch.dtype, largest: float = MAX_SCALE) -> Tensor:
         """``count`` finite floats of ``dtype``, as float32, of magnitudes up to ``largest``."""
-        values = torch.empty(count, dtype=dtype)
-        values.view(torch.uint8).numpy()[:] = self.take(count * dtype.itemsize)
+        raw = torch.empty(count, dtype=dtype)
+        raw.view(torch.uint8).numpy()[:] = self.take(count * dtype.itemsize)
+        values = raw.float()
         if not bool((values.abs() <= largest).all()):
             raise WireFormatError(f"payload has a value that is not finite or above {largest:g}")
-        return values.float()
+        return values
 
     def scales(self, count: int, dtype: torch.dtype, largest: float = MAX_SCALE) -> Tensor:
         """As :meth:`floats`, none of them negative."""
