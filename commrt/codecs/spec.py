@@ -2,7 +2,8 @@
 
 import dataclasses
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, get_args
 
 from commrt.codecs.base import Codec
 from commrt.codecs.block import BlockCodec
@@ -83,10 +84,17 @@ def parse_options(
             raise ConfigError(f"codec={spec!r} has option {key!r}: must be one of {sorted(types)}")
         if key in options or (not value and types[key] is str):
             raise ConfigError(f"codec={spec!r}: {key!r} must have one value")
-        convert = types[key]
-        assert callable(convert)
         try:
-            options[key] = convert(value)
-        except ValueError as error:
-            raise ConfigError(f"codec={spec!r}: {key}={value!r} is not a number") from error
+            options[key] = _converter(types[key])(value)
+        except (KeyError, ValueError) as error:
+            what = "True or False" if types[key] is bool else "a number"
+            raise ConfigError(f"codec={spec!r}: {key}={value!r} is not {what}") from error
     return options
+
+
+def _converter(of: Any) -> Callable[[str], Any]:
+    """What makes a value of a type out of text; of the first one, where it may be None."""
+    if of is bool:
+        return {"True": True, "False": False}.__getitem__
+    kind: Callable[[str], Any] = (*get_args(of), of)[0]
+    return kind

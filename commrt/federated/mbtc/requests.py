@@ -1,9 +1,9 @@
 """What the server asks for once more: parts of cosets that it could not decide.
 
-The body of a request is a list of ``group, block, plane, first, num_bits``, a varint each, the
-last two in eighths: so many u of the plane's order, from the first on. ``plane`` is the number of planes
-where the block is asked for as it is; ``first`` and ``num_bits`` are then left out. The answer has
-what was asked for in the same order: u, or 4 bytes of length and a payload of codes.
+The body of a request is a list of ``group, block, plane, first, num_bits``, a varint each, the last
+two in eighths: so many u of the plane's order, from the first on. A block that is asked for as it
+is has the number of planes as its plane, and neither of these two. The answer has what was asked
+for in the same order: u, or 4 bytes of length and a payload of codes.
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,0 +1,147 @@
+"""An uplink of any vector codec: each update is coded and decoded without the others."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from commrt.codecs import derive_seed
+from commrt.errors import StateError, WireFormatError
+from commrt.federated.cohort import Round
+from commrt.federated.layout import Layout
+from commrt.federated.uplink import Aggregate, Client, Server, Uplink
+from commrt.federated.vector import Draw, VectorCodec
+from commrt.federated.wire import Kind, Reader, seal, unseal, varint
+
+MOST_CLIENTS = 1 << 32
+
+
+@dataclasses.dataclass(frozen=True)
+class IndependentUplink(Uplink):
+    """Sends what ``codec`` makes of each update.
+
+    Clients keep the codec's residual, if it has one; the server keeps nothing. The mean is as
+    unbiased as the codec is.
+    """
+
+    codec: VectorCodec
+
+    @property
+    def spec(self) -> str:
+        """The codec's."""
+        return self.codec.spec
+
+    def client(self, layout: Layout, client: int, *, seed: int = 0) -> "IndependentClient":
+        """See :meth:`Uplink.client`."""
+        return IndependentClient(_Ends(self.codec, layout, seed), client)
+
+    def server(self, layout: Layout, *, seed: int = 0) -> "IndependentServer":
+        """See :meth:`Uplink.server`."""
+        return IndependentServer(_Ends(self.codec, layout, seed))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ends:
+    """What both ends have."""
+
+    codec: VectorCodec
+    layout: Layout
+    seed: int
+
+    def context(self, round_index: int, client: int) -> bytes:
+        known = (self.codec.spec, self.layout.digest, self.seed, round_index, client)
+        return repr(known).encode()
+
+    def draw(self, round_index: int, index: int, count: int) -> Draw:
+        return Draw(seed=derive_seed("uplink", self.seed, round_index), index=index, count=count)
+
+
+class IndependentClient(Client):
+    """A client whose codec needs no other."""
+
+    def __init__(self, ends: _Ends, client: int) -> None:
+        self._ends, self._client = ends, client
+        self._residual = ends.codec.residual(ends.layout.numel)
+
+    def encode(
+        self, round_index: int, update: Tensor, parameters: bytes, previous: Tensor | None = None
+    ) -> bytes:
+        """See :meth:`Client.encode`; nothing is predicted from ``previous``."""
+        context = self._ends.context(round_index, self._client)
+        reader = Reader(unseal(Kind.PARAMETERS, round_index, parameters, context))
+        index, count = reader.varint(MOST_CLIENTS), reader.varint(MOST_CLIENTS)
+        reader.end()
+        if index >= count:
+            raise WireFormatError(f"client {index} of a cohort of {count}")
+        update = self._ends.layout.check(update, "update")
+        draw = self._ends.draw(round_index, index, count)
+        body = self._ends.codec.encode(update, draw, self._residual)
+        return seal(Kind.UPDATE, round_index, body, context)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The residual, if the codec has one."""
+        return {} if self._residual is None else {"residual": self._residual}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Client.load_state_dict`."""
+        expected = {"residual"} if self._residual is not None else set()
+        if set(state) != expected:
+            raise StateError(f"state has {sorted(state)}: must have {sorted(expected)}")
+        if self._residual is not None:
+            self._residual.copy_(state["residual"])
+
+
+class IndependentServer(Server):
+    """A server that decodes what comes as it comes."""
+
+    def __init__(self, ends: _Ends) -> None:
+        self._ends = ends
+        self._round: Round | None = None
+        self._updates: dict[int, Tensor] = {}
+
+    def begin(
+        self,
+        round_index: int,
+        cohort: Sequence[int],
+        *,
+        weights: Mapping[int, float] | None = None,
+        previous: Tensor | None = None,
+    ) -> dict[int, bytes]:
+        """See :meth:`Server.begin`."""
+        self._round = Round(round_index, cohort, weights)
+        self._updates = {}
+        frames = {}
+        for index, client in enumerate(cohort):
+            body = varint(index) + varint(len(cohort))
+            context = self._ends.context(round_index, client)
+            frames[client] = seal(Kind.PARAMETERS, round_index, body, context)
+        return self._round.sent(frames)
+
+    def receive(self, client: int, payload: bytes) -> None:
+        """See :meth:`Server.receive`."""
+        running = self._running()
+        index = running.place(client)
+        running.came(payload)
+        if client in self._updates:
+            raise WireFormatError(f"client {client} has sent its update of this round before")
+        context = self._ends.context(running.index, client)
+        body = unseal(Kind.UPDATE, running.index, payload, context)
+        draw = self._ends.draw(running.index, index, len(running.cohort))
+        self._updates[client] = self._ends.codec.decode(body, self._ends.layout.numel, draw)
+
+    def finish(self) -> Aggregate:
+        """See :meth:`Server.finish`."""
+        running = self._running()
+        clients = sorted(self._updates)
+        mean = torch.zeros(self._ends.layout.numel)
+        for share, client in zip(running.shares(clients), clients, strict=True):
+            mean.add_(self._updates[client].mul(share))
+        self._round, self._updates = None, {}
+        return Aggregate(mean=mean, traffic=running.traffic, clients=tuple(clients), report={})
+
+    def _running(self) -> Round:
+        if self._round is None:
+            raise StateError("no round is running: begin() starts one")
+        return self._round
