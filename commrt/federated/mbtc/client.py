@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from commrt.codecs.code_tables import NUM_PHASES
 from commrt.codecs.entropy import count_codes, encode_codes, fit_rows
 from commrt.errors import ConfigError, StateError
 from commrt.federated.layout import Layout
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 # An element whose code is larger is more than 32,766 steps from what was predicted.
 MOST_CODE = 32766
+MOST_MAGNITUDE = 2.0**60
 
 
 class _Sent(NamedTuple):
@@ -52,19 +54,28 @@ class MbtcClient(Client):
             ConfigError: As there; or an element is more than 32,766 steps from its prediction.
         """
         update = self._layout.check(update, "update")
+        if float(update.abs().max()) > MOST_MAGNITUDE:
+            worst = float(update.abs().max())
+            raise ConfigError(
+                f"update has an element of {worst:g}: must be within {MOST_MAGNITUDE:g}"
+            )
         told = self._told(round_index, parameters)
         sources = self._sources(told, previous)
         chosen = told.tables is None or told.step == 0 or sources.is_empty
         coefficients = [
             side.fit(group.of(update), sources.of(group)) for group in self._layout.groups
         ]
-        step, tables = told.step or self._own_step(update), told.tables
+        step = told.step or self._own_step(update)
         dither = coding.dither_seed(self._seed, round_index, self._client)
-        if chosen:
-            tables = self._own_tables(update, sources, coefficients, step, dither)
-        assert tables is not None
+        tables = torch.zeros(len(coefficients), NUM_CLASSES, dtype=torch.int16)
+        if not chosen:
+            assert told.tables is not None
+            tables = told.tables
         how = coding.coding(self._layout, sources, coefficients, tables, step, dither)
         codes = self._quantised(how, update)
+        if chosen:
+            tables = self._own_tables(how, codes)
+            how = how._replace(rows=coding.rows_of(self._layout, how.contexts, tables))
         self._sent = _Sent(round_index, told, codes, how.rows)
         if self._codec.memory:
             self._history = History(round_index, how.remember(how.dequantise(codes)))
@@ -131,20 +142,11 @@ class MbtcClient(Client):
             nmse = 2 * 4.0**-bits
         return max(coding.LEAST_STEP, math.sqrt(energy * nmse / side.ROUNDING))
 
-    def _own_tables(
-        self,
-        update: Tensor,
-        sources: Sources,
-        coefficients: list[side.Coefficients],
-        step: float,
-        dither: int,
-    ) -> Tensor:
+    def _own_tables(self, how: Coding, codes: Tensor) -> Tensor:
         """One table for each group, whatever the class."""
-        any_table = torch.zeros(len(self._layout.groups), NUM_CLASSES, dtype=torch.int16)
-        how = coding.coding(self._layout, sources, coefficients, any_table, step, dither)
-        codes = self._quantised(how, update)
         counts = [
-            count_codes(group.of(codes), group.of(how.rows), 1) for group in self._layout.groups
+            count_codes(group.of(codes), group.of(how.contexts) % NUM_PHASES, 1)
+            for group in self._layout.groups
         ]
         return fit_rows(torch.cat(counts))[:, None].expand(-1, NUM_CLASSES).contiguous()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from commrt import ops
 from commrt.codecs.base import derive_seed
+from commrt.codecs.code_tables import NUM_PHASES
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import side
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Plane
@@ -31,7 +32,7 @@ USES_PREVIOUS, USES_OWN, CHOSEN = 1, 2, 4
 # The lowest class has this many half octaves of energy less than a step.
 CLASSES_BELOW_STEP = 44
 # The least is for updates of zeros.
-LEAST_STEP, MOST_STEP = 2.0**-60, 2.0**60
+LEAST_STEP, MOST_STEP = 2.0**-100, 2.0**60
 
 
 class Coding(NamedTuple):
@@ -41,13 +42,20 @@ class Coding(NamedTuple):
         step: Of the quantizer.
         seed: Of the dither.
         predicted: fp32 (N,).
+        contexts: int16 (N,), the class of each element's scale, times 16, plus its dither's phase.
         rows: int16 (N,), of the tables that the codes have.
     """
 
     step: float
     seed: int
     predicted: Tensor
+    contexts: Tensor
     rows: Tensor
+
+    @property
+    def noise(self) -> float:
+        """Variance of the quantizer's error, an element."""
+        return self.step**2 * side.ROUNDING
 
     def quantise(self, update: Tensor) -> Tensor:
         """Codes of an update, int16 (N,)."""
@@ -78,34 +86,27 @@ def coding(
     predicted = torch.empty(layout.numel)
     for group, each in zip(layout.groups, coefficients, strict=True):
         side.predict(each, sources.of(group), group.of(predicted))
-    rows = scale_rows(layout, side.energies(layout, sources), tables, step, seed)
-    return Coding(step, seed, predicted, rows)
+    contexts = _contexts(layout, side.energies(layout, sources), step, seed)
+    return Coding(step, seed, predicted, contexts, rows_of(layout, contexts, tables))
 
 
-def scale_rows(
-    layout: Layout, energy: Tensor | None, tables: Tensor, step: float, seed: int
-) -> Tensor:
-    """The row of each element, int16 (N,), by its energy beside a step's."""
-    rows = torch.empty(layout.numel, dtype=torch.int16)
-    root = None if energy is None else energy.sqrt()
-    for group, table in zip(layout.groups, tables, strict=True):
-        ops.scale_rows(
-            None,
-            None if root is None else group.of(root),
-            1.0,
-            table,
-            group.of(rows),
-            seed,
-            base=_lowest_class(step),
-            first_index=group.begin,
-        )
+def rows_of(layout: Layout, contexts: Tensor, tables: Tensor) -> Tensor:
+    """The row of each element, int16 (N,), where its group's classes have these first rows."""
+    phases = torch.arange(NUM_PHASES, dtype=torch.int16)
+    rows = torch.empty_like(contexts)
+    for group, firsts in zip(layout.groups, tables, strict=True):
+        by_context = (firsts[:, None] + phases).view(-1)
+        torch.index_select(by_context, 0, group.of(contexts).int(), out=group.of(rows))
     return rows
 
 
-def classes(layout: Layout, energy: Tensor | None, step: float, seed: int) -> Tensor:
-    """As :func:`scale_rows`, with the rows numbered class * 16 + phase."""
-    own = torch.arange(NUM_CLASSES, dtype=torch.int16) * 16
-    return scale_rows(layout, energy, own.expand(len(layout.groups), -1), step, seed)
+def _contexts(layout: Layout, energy: Tensor | None, step: float, seed: int) -> Tensor:
+    """Of each element its class * 16 + phase, int16 (N,): by its energy beside a step's."""
+    contexts = torch.empty(layout.numel, dtype=torch.int16)
+    root = None if energy is None else energy.sqrt()
+    firsts = torch.arange(0, NUM_CLASSES * NUM_PHASES, NUM_PHASES, dtype=torch.int16)
+    ops.scale_rows(None, root, 1.0, firsts, contexts, seed, base=_lowest_class(step))
+    return contexts
 
 
 def coded_alone(layout: Layout, planes: Sequence[Sequence[Plane]], block: int) -> list[slice]:

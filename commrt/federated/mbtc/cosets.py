@@ -1,7 +1,7 @@
 """The server's joint decoding, round by round: when to, with what, and what came of it."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -9,8 +9,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commrt.codecs.entropy import code_length
+from commrt.federated.covariance import CovarianceStore, successive_side_information
+from commrt.federated.gaussian import Array, factored
 from commrt.federated.layout import Group, Layout
+from commrt.federated.limits import sum_rate
 from commrt.federated.mbtc import plan
+from commrt.federated.mbtc.combine import Decoded, lmmse_mean_
 from commrt.federated.mbtc.joint import JointGroup
 from commrt.federated.mbtc.parameters import Plane
 from commrt.federated.mbtc.planes import Blocks
@@ -40,6 +44,14 @@ class Record:
 
     def __init__(self) -> None:
         self.bits_alone, self.margin, self.rest = 0.0, 0.0, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its attributes."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        vars(self).update(state)
 
     def learn(self, failed: float, gain: float, least_gain: float) -> None:
         """Take the share of blocks that failed at first, and the bits a weight that were saved."""
@@ -86,7 +98,7 @@ class Cosets:
 
     def __init__(self, codec: "Mbtc", layout: Layout) -> None:
         self._codec, self._layout = codec, layout
-        self.covariances = [Covariances() for _ in layout.groups]
+        self.covariances = [CovarianceStore() for _ in layout.groups]
         self._records = [Record() for _ in layout.groups]
         self._running: dict[int, Running] = {}
 
@@ -102,8 +114,7 @@ class Cosets:
             record.rest = max(0, record.rest - 1)
             by_group.append(planes)
             if any(planes):
-                covariance = self.covariances[index].of(cohort)
-                assert covariance is not None
+                covariance = self._covariance(index, cohort)
                 joint = JointGroup(self._layout.groups[index], self._codec.block, covariance)
                 self._running[index] = Running(joint, planes, order)
         return list(zip(*by_group, strict=True))
@@ -132,44 +143,92 @@ class Cosets:
             blocks.replace(wanted.block, answer)
             running.bits_asked += round(self._records[wanted.group].bits_alone * blocks.block)
 
+    def refine_(
+        self,
+        mean: Tensor,
+        clients: Sequence[int],
+        decoded: Mapping[int, Decoded],
+        received: "Mapping[int, Received]",
+    ) -> float:
+        """Make ``mean`` the linear estimate of least error, in groups of which all is known.
+
+        Returns:
+            The expected alignment, on average over all elements.
+        """
+        noise = np.array([received[place].how.noise for place in decoded])
+        if not self.covariances[0].clients or any(each.missing for each in decoded.values()):
+            return 1.0
+        total = 0.0
+        for index, group in enumerate(self._layout.groups):
+            covariance = self._covariance(index, clients)
+            alignment = lmmse_mean_(mean, group, list(decoded.values()), covariance, noise)
+            total += alignment * group.numel
+        return total / self._layout.numel
+
     def learn(
         self,
         cohort: Sequence[int],
         received: "Mapping[int, Received]",
         codes: Mapping[int, Tensor],
-        updates: Mapping[int, Tensor],
+        decoded: Mapping[int, Decoded],
     ) -> dict[str, float]:
         """End the round: take what it tells for the next, and return figures of it."""
-        places = sorted(received)
+        places = list(decoded)
         clients = [cohort[place] for place in places]
-        residuals = torch.stack([updates[p] - received[p].how.predicted for p in places])
-        noise = np.array([received[p].how.step ** 2 * ROUNDING for p in places])
+        residuals = torch.stack([decoded[p].update - decoded[p].predicted for p in places])
+        noise = np.array([received[place].how.noise for place in places])
+        limits = np.zeros(2)
         for index, (record, group) in enumerate(
             zip(self._records, self._layout.groups, strict=True)
         ):
             alone = {p: self._bits_alone(group, received[p], codes[p]) for p in places}
             record.bits_alone = sum(alone.values()) / len(alone)
-            part = group.of(residuals).double()
-            moments = (part @ part.T / group.numel).numpy() - np.diag(noise)
-            self.covariances[index].learn(clients, moments)
+            self.covariances[index].update(clients, group.of(residuals).numpy(), noise)
+            limits += group.numel * np.array(_limits(self._covariance(index, clients), noise))
             running = self._running.get(index)
             if running is not None:
                 blocks = group.numel // self._codec.block
                 gain = self._gain(running, group, alone)
                 record.learn(running.failed(blocks), gain, self._codec.least_gain)
-        return {"joint_groups": float(len(self._running))}
+        independent, joint = limits / self._layout.numel
+        return {
+            "limit_independent": float(independent),
+            "limit_joint": float(joint),
+            "joint_groups": float(len(self._running)),
+            "missing_blocks": float(sum(len(each.missing) for each in decoded.values())),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was learned, between rounds."""
+        return {
+            "covariances": [each.state_dict() for each in self.covariances],
+            "records": [each.state_dict() for each in self._records],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+        for covariances, each in zip(self.covariances, state["covariances"], strict=True):
+            covariances.load_state_dict(each)
+        for record, each in zip(self._records, state["records"], strict=True):
+            record.load_state_dict(each)
 
     def _planes_of(
         self, index: int, cohort: Sequence[int], order: Sequence[int], step: float
     ) -> list[tuple[Plane, ...]]:
-        record, covariance = self._records[index], self.covariances[index].of(cohort)
-        is_on = self._codec.joint == "auto" and step > 0 and not record.rest
-        if not is_on or covariance is None or self._layout.groups[index].numel < self._codec.block:
+        record, block = self._records[index], self._codec.block
+        is_on = self._codec.joint != "off" and step > 0 and not record.rest
+        if not is_on or self._layout.groups[index].numel < block:
             return [()] * len(cohort)
         noise = np.full(len(cohort), step * step * ROUNDING)
+        covariance = self._covariance(index, cohort)
+        _, variances = successive_side_information(covariance, noise, order)
         return plan.planes_of_group(
-            self._codec, covariance, noise, order, record.bits_alone, record.margin
+            self._codec, np.sqrt(variances) / step, order, record.bits_alone, record.margin
         )
+
+    def _covariance(self, index: int, clients: Sequence[int]) -> Array:
+        """Of a group's residuals, as far as it is known; some round has ended."""
+        return self.covariances[index].estimate(clients)
 
     def _bits_alone(self, group: Group, update: "Received", codes: Tensor) -> float:
         return code_length(group.of(codes), group.of(update.how.rows)) / group.numel
@@ -187,22 +246,8 @@ class Cosets:
         return (saved - running.bits_asked / group.numel) / len(sent)
 
 
-class Covariances:
-    """Of a group's residuals, between clients."""
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[int, int], tuple[float, float]] = {}
-
-    def learn(self, clients: Sequence[int], moments: NDArray[np.float64]) -> None:
-        for i, a in enumerate(clients):
-            for j, b in enumerate(clients):
-                total, weight = self._sums.get((a, b), (0.0, 0.0))
-                self._sums[a, b] = (0.9 * total + moments[i, j], 0.9 * weight + 1)
-
-    def of(self, clients: Sequence[int]) -> NDArray[np.float64] | None:
-        if not all((a, a) in self._sums for a in clients):
-            return None
-        sums = [[self._sums.get((a, b), (0.0, 1.0)) for b in clients] for a in clients]
-        matrix = np.array([[t / w for t, w in row] for row in sums])
-        values, vectors = np.linalg.eigh(matrix)
-        return (vectors * np.maximum(values, 1e-4 * values[-1])) @ vectors.T
+def _limits(covariance: Array, noise: NDArray[np.float64]) -> tuple[float, float]:
+    """Bits a weight and client that Gaussian residuals need: without each other, and jointly."""
+    model = factored(covariance)
+    alone = np.log2(1 + model.variances / noise) / 2
+    return float(alone.mean()), sum_rate(model, noise) / len(noise)

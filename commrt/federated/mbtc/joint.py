@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from commrt import ops
+from commrt.federated.covariance import side_information
+from commrt.federated.gaussian import Array, factored
 from commrt.federated.layout import Group
 from commrt.federated.mbtc.coding import Coding
 from commrt.federated.mbtc.planes import Blocks
-from commrt.federated.mbtc.side import ROUNDING
 
 
 class JointGroup:
@@ -21,19 +21,19 @@ class JointGroup:
     Args:
         group: Which elements.
         block: Elements in a block.
-        covariance: (K, K), of the residuals of the clients asked, by their places.
+        covariance: Of the residuals of the K clients asked, by their places.
     """
 
-    def __init__(self, group: Group, block: int, covariance: NDArray[np.float64]) -> None:
-        self._group, self._block, self._covariance = group, block, covariance
-        count, clients = group.numel // block, len(covariance)
+    def __init__(self, group: Group, block: int, covariance: Array) -> None:
+        self._group, self._block, self._model = group, block, factored(covariance)
+        count, clients = group.numel // block, len(self._model.unique)
         self._residuals = torch.zeros(clients, count * block)
         self._has = np.zeros((clients, count), dtype=bool)
-        self._noise = np.zeros(clients)
+        self._noise = np.full(clients, np.inf)
 
     def add(self, place: int, how: Coding, codes: Tensor, which: Sequence[int]) -> None:
         """Take blocks of a client's codes (B, N), which are right."""
-        self._noise[place] = how.step**2 * ROUNDING
+        self._noise[place] = how.noise
         for index in which:
             part = self._part(index)
             decoded = torch.empty(self._block)
@@ -58,8 +58,9 @@ class JointGroup:
         for index in pending:
             by_others.setdefault(self._has[:, index].tobytes(), []).append(index)
         for key, which in by_others.items():
-            others = np.frombuffer(key, dtype=bool).nonzero()[0]
-            weights, variance = self._side_information(place, others)
+            others = np.frombuffer(key, dtype=bool).nonzero()[0].tolist()
+            told, variance = side_information(self._model, self._noise, place, others)
+            weights = torch.from_numpy(told).float()
             position = torch.stack([self._position(index, how, weights) for index in which])
             blocks.decide(which, position, math.sqrt(variance) / how.step)
         self.add(place, how, blocks.codes, [each for each in pending if blocks.is_whole[each]])
@@ -77,13 +78,3 @@ class JointGroup:
         first = self._part(index).start
         ops.dither_dequantise(zeros, None, undithered, 1.0, how.seed, first_index=first)
         return estimate.mul_(1 / how.step).sub_(undithered)
-
-    def _side_information(self, place: int, others: NDArray[np.int64]) -> tuple[Tensor, float]:
-        """Of a client given the others: the weights, 0 for those not there, and the variance."""
-        weights = np.zeros(len(self._covariance))
-        seen = self._covariance[np.ix_(others, others)] + np.diag(self._noise[others])
-        cross = self._covariance[others, place]
-        weights[others] = np.linalg.solve(seen, cross)
-        variance = self._covariance[place, place] - cross @ weights[others]
-        least = 1e-6 * self._covariance[place, place]
-        return torch.from_numpy(weights).float(), float(max(variance, least))

@@ -15,10 +15,9 @@ from commrt.federated.mbtc.planes import CHECK_BYTES
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
 
-# What a plane that is not sent may hold, in bits a block.
-NEGLIGIBLE_BITS = 0.01
-# The side information of so many clients says nearly all that more would.
-MOST_OTHERS = 32
+# What a plane that is not sent may hold, in bits a block. In polar codes it costs little to send;
+# modulo a power of two it costs a bit a code, so that one block in twenty may rather fail.
+NEGLIGIBLE_BITS, NEGLIGIBLE_MODULO_BITS = 0.01, 1.0
 SIGMAS_PER_OCTAVE = 32
 
 
@@ -34,8 +33,7 @@ def num_anchors(codec: "Mbtc", num_clients: int) -> int:
 
 def planes_of_group(
     codec: "Mbtc",
-    covariance: NDArray[np.float64],
-    noise: NDArray[np.float64],
+    sigmas: NDArray[np.float64],
     order: Sequence[int],
     bits_alone: float,
     margin: float,
@@ -44,34 +42,35 @@ def planes_of_group(
 
     Args:
         codec: Its block, anchors and least gain.
-        covariance: (K, K), of the group's residuals.
-        noise: (K,), of the quantizers.
+        sigmas: (K,), in steps: what remains unknown of each residual, given those before it.
         order: In which they will be decoded.
         bits_alone: Bits a weight without cosets.
         margin: Bits a bit to send beyond what is needed on average.
     """
     planes: list[tuple[Plane, ...]] = [()] * len(order)
-    for rank in range(num_anchors(codec, len(order)), len(order)):
-        place, others = order[rank], list(order[: min(rank, MOST_OTHERS)])
-        seen = covariance[np.ix_(others, others)] + np.diag(noise[others])
-        cross = covariance[others, place]
-        variance = max(covariance[place, place] - cross @ np.linalg.solve(seen, cross), 0.0)
-        sigma = math.sqrt(variance / (12 * noise[place]))
-        chosen = planes_for(sigma, codec.block, margin)
+    for place in order[num_anchors(codec, len(order)) :]:
+        is_modulo = codec.joint == "modulo"
+        chosen = planes_for(float(sigmas[place]), codec.block, margin, is_modulo=is_modulo)
         if bits_alone - bits_of(chosen, codec.block) > codec.least_gain:
             planes[place] = chosen
     return planes
 
 
-def planes_for(sigma: float, block: int, margin: float) -> tuple[Plane, ...]:
-    """The planes to send where a code is known up to a Gaussian error of so many steps."""
+def planes_for(
+    sigma: float, block: int, margin: float, *, is_modulo: bool = False
+) -> tuple[Plane, ...]:
+    """The planes to send where a code is known up to a Gaussian error of so many steps.
+
+    Of each as much as its entropy and ``margin`` ask for; with ``is_modulo``, all of it.
+    """
     octaves = math.ceil(SIGMAS_PER_OCTAVE * math.log2(max(sigma, 2.0**-6)))
     log2_size, planes = block.bit_length() - 1, list[Plane]()
+    negligible = NEGLIGIBLE_MODULO_BITS if is_modulo else NEGLIGIBLE_BITS
     for index in range(MOST_PLANES):
         entropy = _entropy(octaves, index)
-        if block * entropy < NEGLIGIBLE_BITS and planes:
+        if block * entropy < negligible and planes:
             break
-        num_bits = bits_needed(log2_size, entropy, margin)
+        num_bits = block if is_modulo else bits_needed(log2_size, entropy, margin)
         planes.append(Plane(entropy_bin_of(entropy), num_bits))
     return tuple(planes)
 

@@ -12,6 +12,7 @@ from commrt.errors import WireFormatError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, side
 from commrt.federated.mbtc.coding import Coding
+from commrt.federated.mbtc.combine import Decoded
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters
 from commrt.federated.mbtc.planes import Blocks
 from commrt.federated.mbtc.requests import Wanted
@@ -41,6 +42,10 @@ class Received(NamedTuple):
             filled = group.of(codes)[: blocks.codes.numel()].view_as(blocks.codes)
             filled[blocks.is_whole] = blocks.codes[blocks.is_whole]
         return codes
+
+    def decoded(self, layout: Layout, codes: Tensor, share: float) -> Decoded:
+        """The update that the codes (N,) make."""
+        return Decoded(share, self.how.dequantise(codes), self.how.predicted, self.missing(layout))
 
     def missing(self, layout: Layout) -> list[slice]:
         """The parts of the flat vector that are not decoded."""

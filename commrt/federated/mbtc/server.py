@@ -1,21 +1,22 @@
 """The server of MBTC: decodes a cohort's updates jointly."""
 
+import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from commrt.errors import StateError, WireFormatError
 from commrt.federated.cohort import Round
 from commrt.federated.layout import Layout
-from commrt.federated.mbtc import coding, side
+from commrt.federated.mbtc import coding
+from commrt.federated.mbtc.combine import Decoded, unbiased_mean
 from commrt.federated.mbtc.cosets import Cosets
 from commrt.federated.mbtc.parameters import Parameters
 from commrt.federated.mbtc.rate import StepControl
 from commrt.federated.mbtc.received import Received, flags_of, read_answer, read_update
 from commrt.federated.mbtc.requests import Wanted, write_request
-from commrt.federated.mbtc.side import ROUNDING, History, Sources
+from commrt.federated.mbtc.side import History, Sources
 from commrt.federated.mbtc.tables import Tables
 from commrt.federated.uplink import Aggregate, Server
 from commrt.federated.wire import Kind, seal, unseal
@@ -108,29 +109,38 @@ class MbtcServer(Server):
         clients = [running.cohort[place] for place in places]
         shares = running.shares(clients)
         codes = {place: self._received[place].codes(self._layout) for place in places}
-        updates = {place: self._received[place].how.dequantise(codes[place]) for place in places}
-        self._mean = self._combine(places, shares, updates)
-        report = self._learn(running, codes, updates)
-        self._round = None
-        return Aggregate(
-            mean=self._mean, traffic=running.traffic, clients=tuple(clients), report=report
-        )
+        decoded = {
+            place: self._received[place].decoded(self._layout, codes[place], share)
+            for place, share in zip(places, shares, strict=True)
+        }
+        mean = unbiased_mean(self._layout, list(decoded.values()))
+        report = {}
+        if self._codec.combine == "lmmse":
+            report["alignment"] = self._cosets.refine_(mean, clients, decoded, self._received)
+        report |= self._learn(running, codes, decoded)
+        self._mean, self._round = mean, None
+        return Aggregate(mean=mean, traffic=running.traffic, clients=tuple(clients), report=report)
 
-    def _combine(
-        self, places: Sequence[int], shares: Sequence[float], updates: Mapping[int, Tensor]
-    ) -> Tensor:
-        """The weighted mean of the updates, of each element over those that have it."""
-        total, present = torch.zeros(self._layout.numel), torch.zeros(self._layout.numel)
-        for place, share in zip(places, shares, strict=True):
-            update = updates[place].mul(share)
-            missing = self._received[place].missing(self._layout)
-            for part in missing:
-                update[part] = 0.0
-            total.add_(update)
-            present.add_(share)
-            for part in missing:
-                present[part] -= share
-        return total.div_(present)
+    def state_dict(self) -> dict[str, Any]:
+        """Histories, tables, step, and what was learned for joint decoding; between rounds."""
+        if self._round is not None:
+            raise StateError(f"round {self._round.index} is running: finish() ends it")
+        return {
+            "histories": {client: each._asdict() for client, each in self._histories.items()},
+            "tables": {has_own: each.state_dict() for has_own, each in self._tables.items()},
+            "steps": self._steps.state_dict(),
+            "cosets": self._cosets.state_dict(),
+            "mean": self._mean,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """See :meth:`Server.load_state_dict`."""
+        self._histories = {client: History(**each) for client, each in state["histories"].items()}
+        for has_own, tables in self._tables.items():
+            tables.load_state_dict(state["tables"][has_own])
+        self._steps.load_state_dict(state["steps"])
+        self._cosets.load_state_dict(state["cosets"])
+        self._mean = state["mean"]
 
     def _running(self) -> Round:
         if self._round is None:
@@ -163,32 +173,25 @@ class MbtcServer(Server):
             self._cosets.take(each, answer, update.blocks[each.group])
 
     def _learn(
-        self, running: Round, codes: Mapping[int, Tensor], updates: Mapping[int, Tensor]
+        self, running: Round, codes: Mapping[int, Tensor], decoded: Mapping[int, Decoded]
     ) -> dict[str, float]:
         """Take what the round tells for the next ones; the figures of its report."""
         energies, steps = [], []
-        for place, decoded in updates.items():
-            client, update = running.cohort[place], self._received[place]
-            noise = update.how.step**2 * ROUNDING
-            energies.append(float(decoded.double().square().mean()) - noise)
-            steps.append(update.how.step)
-            if update.missing(self._layout):
+        for place, each in decoded.items():
+            client, how = running.cohort[place], self._received[place].how
+            energies.append(float(each.update.double().square().mean()) - how.noise)
+            steps.append(how.step)
+            if each.missing:
                 continue
             if self._codec.memory:
-                self._histories[client] = History(running.index, update.how.remember(decoded))
-            self._count(update, codes[place])
+                self._histories[client] = History(running.index, how.remember(each.update))
+            has_own = self._received[place].sources.own is not None
+            self._tables[has_own].count(codes[place], how.contexts)
         for tables in self._tables.values():
             tables.close_round()
-        bits = 8 * running.traffic.uplink_bytes / (self._layout.numel * len(updates))
+        bits = 8 * running.traffic.uplink_bytes / (self._layout.numel * len(decoded))
         energy = sum(energies) / len(energies)
         self._steps.learn(energy, steps, bits)
-        figures = self._cosets.learn(running.cohort, self._received, codes, updates)
-        noise = sum(step * step for step in steps) / len(steps) * ROUNDING
-        return {"bits": bits, "nmse": noise / max(energy, 1e-300), **figures}
-
-    def _count(self, update: Received, codes: Tensor) -> None:
-        """For the tables of the rounds to come."""
-        how = update.how
-        energy = side.energies(self._layout, update.sources)
-        classes = coding.classes(self._layout, energy, how.step, how.seed)
-        self._tables[update.sources.own is not None].count(codes, classes)
+        noise = sum(self._received[place].how.noise for place in decoded) / len(decoded)
+        figures = self._cosets.learn(running.cohort, self._received, codes, decoded)
+        return {"bits": bits, "nmse": noise / energy if energy > 0 else math.inf, **figures}

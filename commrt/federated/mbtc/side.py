@@ -28,6 +28,7 @@ COEFFICIENT_UNIT = 64
 SHARED_WEIGHT = 0.3
 # Energies are summed in so many bits, so that 2**29 of them fit an integer.
 ENERGY_BITS = 34
+MOST_ENERGY = 2.0**100
 # Of the rounding's error, in steps squared.
 ROUNDING = 1 / 12
 
@@ -110,6 +111,7 @@ def energies(layout: Layout, sources: Sources) -> Tensor | None:
             part = (part * part).mul_(weight)
             energy = part if energy is None else energy.add_(part)
     assert energy is not None
+    energy.clamp_(max=MOST_ENERGY)
     for part, shape in zip(layout.parts(energy), layout.shapes.values(), strict=True):
         if len(shape) > 1 and part.numel():
             matrix = part.view(shape[0], -1)

@@ -21,8 +21,9 @@ class Mbtc(Uplink):
             the mean of K clients has about 1 / K of it.
         bits: Or the uplink bits a weight and client to spend. One of the two.
         memory: Whether a client, and the server for it, keeps its last update, 2 bytes a weight.
-        joint: ``"auto"``, joint decoding of a group where it was worth ``least_gain`` in the round
-            before; ``"off"``, never.
+        joint: ``"auto"``, joint decoding of a group where it is worth ``least_gain``: of bit planes
+            in polar codes; ``"modulo"``, the same of codes modulo a power of two, which is cheaper
+            to decode and saves less; ``"off"``, none.
         combine: ``"mean"``, unbiased; ``"lmmse"``, the linear estimate of least error, which is
             biased towards what was predicted: the report has ``alignment``, its expected share.
         block: Weights that are decoded together, a power of two from 256 to 65536.
@@ -49,7 +50,7 @@ class Mbtc(Uplink):
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
                 raise ConfigError(f"{name}={value!r}: must be in (0, {most:g}]")
-        for name, allowed in (("joint", ("auto", "off")), ("combine", ("mean", "lmmse"))):
+        for name, allowed in (("joint", ("auto", "modulo", "off")), ("combine", ("mean", "lmmse"))):
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name}={getattr(self, name)!r}: must be one of {allowed}")
         if self.block not in (1 << power for power in range(8, 17)):

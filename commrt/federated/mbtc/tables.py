@@ -26,11 +26,11 @@ class Tables:
         self._counts: Tensor | None = None
         self._fresh: Tensor | None = None
 
-    def count(self, codes: Tensor, classes: Tensor) -> None:
-        """Take a client's codes, int16 (N,), and their classes * 16 + phase."""
+    def count(self, codes: Tensor, contexts: Tensor) -> None:
+        """Take a client's codes, int16 (N,), and their contexts."""
         fresh = torch.stack(
             [
-                count_codes(group.of(codes), group.of(classes), NUM_CLASSES)
+                count_codes(group.of(codes), group.of(contexts), NUM_CLASSES)
                 for group in self._layout.groups
             ]
         )

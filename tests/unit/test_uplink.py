@@ -1,0 +1,299 @@
+"""What every uplink promises: bytes in between, the mean at the end, and nothing lost silently."""
+
+import math
+from collections.abc import Iterator
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from commrt.errors import ConfigError, StateError, WireFormatError
+from commrt.federated import Aggregate, Client, Layout, Server, Uplink, parse_uplink, wire
+from commrt.federated.wire import Kind, Reader, seal, unseal, varint
+
+LAYOUT = Layout({"weight": (40, 30), "bias": (40,), "head": (10, 40), "scale": ()})
+SPECS = (
+    *("fp32", "fp16", "eden1", "qsgd:levels=4", "spread:step=1.9", "sign", "pvq"),
+    *("topk:share=0.1", "loco4", "mbtc:nmse=0.5", "mbtc:bits=1.5,memory=False"),
+)
+CLIENTS = (3, 7, 11, 20)
+
+
+@pytest.fixture(params=SPECS)
+def uplink(request: pytest.FixtureRequest) -> Uplink:
+    return parse_uplink(request.param)
+
+
+class Training:
+    """Clients whose updates have something in common, round after round."""
+
+    def __init__(self, uplink: Uplink, seed: int = 5) -> None:
+        self.server: Server = uplink.server(LAYOUT, seed=seed)
+        self.clients: dict[int, Client] = {
+            client: uplink.client(LAYOUT, client, seed=seed) for client in CLIENTS
+        }
+        self.previous: Tensor | None = None
+        self.index = 0
+
+    def updates(self) -> dict[int, Tensor]:
+        generator = torch.Generator().manual_seed(self.index)
+        common = torch.randn(LAYOUT.numel, generator=generator)
+        return {
+            client: common + 0.5 * torch.randn(LAYOUT.numel, generator=generator)
+            for client in CLIENTS
+        }
+
+    def payloads(self, updates: dict[int, Tensor]) -> dict[int, bytes]:
+        told = self.server.begin(self.index, CLIENTS)
+        return {
+            client: self.clients[client].encode(self.index, update, told[client], self.previous)
+            for client, update in updates.items()
+        }
+
+    def end(self, payloads: dict[int, bytes]) -> Aggregate:
+        for client, payload in payloads.items():
+            self.server.receive(client, payload)
+        aggregate = self.server.finish()
+        self.previous, self.index = aggregate.mean, self.index + 1
+        return aggregate
+
+    def round(self) -> Aggregate:
+        return self.end(self.payloads(self.updates()))
+
+
+def test_the_mean_arrives(uplink: Uplink) -> None:
+    training = Training(uplink)
+    for _ in range(3):
+        true = torch.stack(list(training.updates().values())).mean(dim=0)
+        aggregate = training.round()
+        assert torch.cosine_similarity(aggregate.mean, true, dim=0) > 0.6
+        assert aggregate.clients == CLIENTS
+        assert aggregate.mean.isfinite().all()
+
+
+def test_all_bytes_are_counted(uplink: Uplink) -> None:
+    training = Training(uplink)
+    payloads = training.payloads(training.updates())
+    aggregate = training.end(payloads)
+    sizes = sum(map(len, payloads.values()))
+    assert aggregate.traffic.uplink_bytes == sizes
+    assert aggregate.traffic.answer_bytes == 0
+    assert aggregate.traffic.downlink_bytes > 0
+    assert aggregate.bits == 8 * sizes / (LAYOUT.numel * len(CLIENTS))
+
+
+def test_the_same_again(uplink: Uplink) -> None:
+    one, two = Training(uplink), Training(uplink)
+    for _ in range(3):
+        payloads = one.payloads(one.updates())
+        assert payloads == two.payloads(two.updates())
+        reverse = dict(reversed(payloads.items()))
+        assert torch.equal(one.end(payloads).mean, two.end(reverse).mean)
+
+
+def test_a_run_goes_on_from_its_state(uplink: Uplink) -> None:
+    one = Training(uplink)
+    for _ in range(2):
+        one.round()
+    two = Training(uplink)
+    two.server.load_state_dict(one.server.state_dict())
+    for client in CLIENTS:
+        two.clients[client].load_state_dict(one.clients[client].state_dict())
+    two.previous, two.index = one.previous, one.index
+    for _ in range(2):
+        payloads = one.payloads(one.updates())
+        assert payloads == two.payloads(two.updates())
+        assert torch.equal(one.end(payloads).mean, two.end(payloads).mean)
+
+
+def test_who_does_not_come_is_left_out(uplink: Uplink) -> None:
+    training = Training(uplink)
+    training.round()
+    for absent in (7, 20):
+        updates = training.updates()
+        payloads = training.payloads(updates)
+        del payloads[absent], updates[absent]
+        aggregate = training.end(payloads)
+        true = torch.stack(list(updates.values())).mean(dim=0)
+        assert absent not in aggregate.clients
+        assert torch.cosine_similarity(aggregate.mean, true, dim=0) > 0.6
+
+
+def test_weights_are_of_those_that_came() -> None:
+    training = Training(parse_uplink("fp32"))
+    updates = training.updates()
+    weights = {3: 1.0, 7: 2.0, 11: 5.0, 20: 4.0}
+    told = training.server.begin(0, CLIENTS, weights=weights)
+    for client in (3, 7, 11):
+        payload = training.clients[client].encode(0, updates[client], told[client])
+        training.server.receive(client, payload)
+    expected = (updates[3] + 2 * updates[7] + 5 * updates[11]) / 8
+    torch.testing.assert_close(training.server.finish().mean, expected)
+
+
+def test_nobody_comes(uplink: Uplink) -> None:
+    server = uplink.server(LAYOUT)
+    with pytest.raises(StateError, match="no round is running"):
+        server.finish()
+    server.begin(0, CLIENTS)
+    with pytest.raises(StateError, match="round 0 ends with no update of 4 asked"):
+        server.finish()
+
+
+def test_damage_is_refused_and_another_may_come(uplink: Uplink) -> None:
+    training = Training(uplink)
+    payloads = training.payloads(training.updates())
+    for damaged in mutations(payloads[7]):
+        with pytest.raises(WireFormatError):
+            training.server.receive(7, damaged)
+    with pytest.raises(WireFormatError):
+        training.server.receive(11, payloads[7])
+    with pytest.raises(ConfigError, match="client 4 is not in the cohort"):
+        training.server.receive(4, payloads[7])
+    training.server.receive(7, payloads[7])
+    with pytest.raises(WireFormatError, match="has sent its update of this round before"):
+        training.server.receive(7, payloads.pop(7))
+    assert training.end(payloads).clients == CLIENTS
+
+
+def test_what_was_never_sent(uplink: Uplink, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Frames whose check is right, made by somebody who knows how."""
+    monkeypatch.setattr(wire, "zlib", SimpleNamespace(crc32=lambda *_: 0))
+    training = Training(uplink)
+    training.round()
+    payload = training.payloads(training.updates())[3]
+    random = Random(0)
+    refused = 0
+    for _ in range(200):
+        body = bytearray(payload[2:-4])
+        for _ in range(random.randrange(1, 4)):
+            body[random.randrange(len(body))] ^= 1 << random.randrange(8)
+        if random.random() < 0.3:
+            del body[random.randrange(len(body)) :]
+        frame = seal(Kind.UPDATE, training.index, bytes(body), b"")
+        try:
+            training.server.receive(3, frame)
+        except WireFormatError:
+            refused += 1
+            continue
+        assert training.server.finish().mean.isfinite().all()
+        training.server.begin(training.index, CLIENTS)
+    assert uplink.spec.startswith("fp") or refused
+
+
+def test_clients_refuse_what_the_server_did_not_say(uplink: Uplink) -> None:
+    training = Training(uplink)
+    told = training.server.begin(0, CLIENTS)
+    update, client = training.updates()[3], training.clients[3]
+    for damaged in (*mutations(told[3]), told[7]):
+        with pytest.raises(WireFormatError):
+            client.encode(0, update, damaged)
+    with pytest.raises(WireFormatError, match="a frame of round 0, mod 256: is round 1"):
+        client.encode(1, update, told[3])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_updates_must_be_finite(uplink: Uplink, value: float) -> None:
+    training = Training(uplink)
+    told = training.server.begin(0, CLIENTS)
+    update = training.updates()[3]
+    update[17] = value
+    with pytest.raises(ConfigError, match="update has 1 elements that are not finite"):
+        training.clients[3].encode(0, update, told[3])
+    with pytest.raises(ConfigError, match=r"update has shape \(5,\)"):
+        training.clients[3].encode(0, torch.ones(5), told[3])
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-20, 1e15])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec != "fp16"])
+def test_any_scale(spec: str, scale: float) -> None:
+    training = Training(parse_uplink(spec))
+    for _ in range(2):
+        updates = {client: scale * each for client, each in training.updates().items()}
+        mean = training.end(training.payloads(updates)).mean
+        if scale == 0:
+            assert mean.abs().max() < 1e-15
+        else:
+            true = torch.stack(list(updates.values())).mean(dim=0)
+            assert torch.cosine_similarity(mean / scale, true / scale, dim=0) > 0.5
+
+
+def test_cohorts() -> None:
+    server = parse_uplink("fp32").server(LAYOUT)
+    with pytest.raises(ConfigError, match="must be clients, each once"):
+        server.begin(0, [3, 3])
+    with pytest.raises(ConfigError, match="must be clients, each once"):
+        server.begin(0, [])
+    with pytest.raises(ConfigError, match=r"weights of clients are \{3: -1.0\}: must be positive"):
+        server.begin(0, [3], weights={3: -1.0})
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("mbtc", "nmse=None, bits=None: one of them must be given"),
+        ("mbtc:bits=0", r"bits=0.0: must be in \(0, 12\]"),
+        ("mbtc:bits=1,joint=maybe", "joint='maybe': must be one of"),
+        ("mbtc:bits=1,memory=no", "memory='no' is not True or False"),
+        ("mbtc:bits=1,block=100", "block=100: must be a power of two"),
+        ("zip", "codec='zip': must start with one of"),
+    ],
+)
+def test_specs_that_name_nothing(spec: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_uplink(spec)
+
+
+def test_a_spec_makes_the_same_uplink(uplink: Uplink) -> None:
+    assert parse_uplink(uplink.spec) == uplink
+
+
+def test_layouts() -> None:
+    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor(7.0)}
+    layout = Layout.of(tensors)
+    flat = layout.flatten(tensors)
+    assert flat.tolist() == [0, 1, 2, 3, 4, 5, 7]
+    back = layout.split(flat)
+    assert all(torch.equal(back[name], tensor) for name, tensor in tensors.items())
+    with pytest.raises(ConfigError, match=r"tensors \['b'\] are not those"):
+        layout.flatten({"a": tensors["a"]})
+    with pytest.raises(ConfigError, match="must have one element at least"):
+        Layout({"a": (0, 3)})
+    covered = [index for group in LAYOUT.groups for index in range(group.begin, group.end)]
+    assert covered == list(range(LAYOUT.numel))
+
+
+def test_frames() -> None:
+    frame = seal(Kind.UPDATE, 300, b"body", b"context")
+    assert unseal(Kind.UPDATE, 300, frame, b"context") == b"body"
+    assert len(frame) == len(b"body") + 6
+    for wrong in (
+        lambda: unseal(Kind.ANSWER, 300, frame, b"context"),
+        lambda: unseal(Kind.UPDATE, 301, frame, b"context"),
+        lambda: unseal(Kind.UPDATE, 300, frame, b"another"),
+        lambda: unseal(Kind.UPDATE, 300, bytes((frame[0] ^ 0x30, *frame[1:])), b"context"),
+    ):
+        with pytest.raises(WireFormatError):
+            wrong()
+
+
+def test_readers() -> None:
+    for number in (0, 1, 127, 128, 300, 1 << 40):
+        assert Reader(varint(number)).varint(1 << 41) == number
+    with pytest.raises(WireFormatError, match="is the most"):
+        Reader(varint(300)).varint(299)
+    with pytest.raises(WireFormatError, match="is the most"):
+        Reader(b"\xff" * 20).varint(1 << 60)
+    with pytest.raises(WireFormatError, match="5 bytes expected where 2 are left"):
+        Reader(b"ab").take(5)
+    with pytest.raises(WireFormatError, match="2 bytes too many"):
+        Reader(b"ab").end()
+
+
+def mutations(frame: bytes) -> Iterator[bytes]:
+    """Truncated, extended, and flipped at places all over."""
+    yield from (b"", frame[:3], frame[:-1], frame + b"\0")
+    for at in {*range(0, len(frame), max(1, len(frame) // 23)), len(frame) - 1}:
+        yield frame[:at] + bytes((frame[at] ^ 0x40,)) + frame[at + 1 :]
