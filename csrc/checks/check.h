@@ -64,6 +64,12 @@ class Checks {
   int cases_ = 0, failures_ = 0;
 };
 
+// In dither_check.cpp.
+void check_dither_quantise(Checks& checks, std::mt19937& random);
+void check_dither_dequantise(Checks& checks, std::mt19937& random);
+void check_scale_rows(Checks& checks, std::mt19937& random);
+void check_lmmse_combine(Checks& checks, std::mt19937& random);
+
 // In patch_check.cpp.
 void check_patch_apply(Checks& checks, std::mt19937& random);
 

@@ -274,6 +274,10 @@ constexpr Op kOps[] = {
     {"lion", check_lion},
     {"mofo", check_mofo},
     {"square_sums", check_square_sums},
+    {"dither_quantise", check_dither_quantise},
+    {"dither_dequantise", check_dither_dequantise},
+    {"scale_rows", check_scale_rows},
+    {"lmmse_combine", check_lmmse_combine},
 };
 
 }  // namespace

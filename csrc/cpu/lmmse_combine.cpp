@@ -3,7 +3,7 @@
 namespace commrt::COMMRT_ISA {
 namespace {
 
-constexpr int kRowsAtOnce = 4;  // so that sums are not loaded and stored for every row
+constexpr int kRowsAtOnce = 8;  // so that sums are not loaded and stored for every row
 
 // Adds `rows` weighted rows to the sums of `count` elements, one after the other.
 template <int rows>

@@ -173,40 +173,44 @@ COMMRT_INLINE void store_codes(std::uint8_t* to, Group codes) {
   }
 }
 
-COMMRT_INLINE void multiply_wide(__m512i x, std::uint32_t by, __m512i& high, __m512i& low) {
-  const __m512i factor = _mm512_set1_epi64(by);
-  const __m512i even = _mm512_mul_epu32(x, factor);
-  const __m512i odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), factor);
-  low = _mm512_mask_mov_epi32(even, 0xaaaa, _mm512_slli_epi64(odd, 32));
-  high = _mm512_mask_mov_epi32(_mm512_srli_epi64(even, 32), 0xaaaa, odd);
-}
-// Sixteen counters at once. Lane 4 L + j holds counter 4 j + L, so that the 4 x 4 transpose inside
-// each 128-bit part leaves the words in element order.
+// Sixteen counters at once, each in a lane of 64 bits whose upper half does not matter: eight, and the
+// eight that are four further. Merged, lane 4 L + j has counter 4 j + L, so that the 4 x 4 transpose
+// inside each 128-bit part leaves the words in element order.
 COMMRT_INLINE void philox_words(std::uint64_t seed, Stream stream, std::uint64_t counter,
                                 __m512i words[4]) {
-  const __m512i lane = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const auto counter_low = static_cast<std::uint32_t>(counter);
-  __m512i x0 = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(counter_low)), lane);
-  const __mmask16 carry = _mm512_cmplt_epu32_mask(x0, lane);
-  __m512i x1 = _mm512_set1_epi32(static_cast<int>(counter >> 32));
-  x1 = _mm512_mask_add_epi32(x1, carry, x1, _mm512_set1_epi32(1));
-  __m512i x2 = _mm512_set1_epi32(static_cast<int>(stream));
-  __m512i x3 = _mm512_setzero_si512();
+  const __m512i multiplier0 = _mm512_set1_epi64(kPhiloxMultiplier0);
+  const __m512i multiplier1 = _mm512_set1_epi64(kPhiloxMultiplier1);
+  const __m512i first = _mm512_add_epi64(_mm512_set1_epi64(static_cast<long long>(counter)),
+                                         _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11));
+  __m512i x0[2] = {first, _mm512_add_epi64(first, _mm512_set1_epi64(4))};
+  __m512i x1[2] = {_mm512_srli_epi64(x0[0], 32), _mm512_srli_epi64(x0[1], 32)};
+  __m512i x2[2] = {_mm512_set1_epi64(static_cast<int>(stream)),
+                   _mm512_set1_epi64(static_cast<int>(stream))};
+  __m512i x3[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
   auto key0 = static_cast<std::uint32_t>(seed);
   auto key1 = static_cast<std::uint32_t>(seed >> 32);
+  constexpr int exclusive_or = 0x96;
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    __m512i high0, low0, high1, low1;
-    multiply_wide(x0, kPhiloxMultiplier0, high0, low0);
-    multiply_wide(x2, kPhiloxMultiplier1, high1, low1);
-    x0 = _mm512_xor_si512(_mm512_xor_si512(high1, x1), _mm512_set1_epi32(static_cast<int>(key0)));
-    x2 = _mm512_xor_si512(_mm512_xor_si512(high0, x3), _mm512_set1_epi32(static_cast<int>(key1)));
-    x1 = low1;
-    x3 = low0;
+    const __m512i wide_key0 = _mm512_set1_epi64(key0), wide_key1 = _mm512_set1_epi64(key1);
+    for (int i = 0; i < 2; ++i) {
+      const __m512i product0 = _mm512_mul_epu32(x0[i], multiplier0);
+      const __m512i product1 = _mm512_mul_epu32(x2[i], multiplier1);
+      x0[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product1, 32), x1[i], wide_key0,
+                                        exclusive_or);
+      x2[i] = _mm512_ternarylogic_epi64(_mm512_srli_epi64(product0, 32), x3[i], wide_key1,
+                                        exclusive_or);
+      x1[i] = product1;
+      x3[i] = product0;
+    }
     key0 += kPhiloxWeyl0;
     key1 += kPhiloxWeyl1;
   }
-  const __m512i a = _mm512_unpacklo_epi32(x0, x1), b = _mm512_unpackhi_epi32(x0, x1);
-  const __m512i c = _mm512_unpacklo_epi32(x2, x3), d = _mm512_unpackhi_epi32(x2, x3);
+  const auto merged = [](const __m512i(&x)[2]) COMMRT_INLINE_LAMBDA {
+    return _mm512_mask_shuffle_epi32(x[0], 0xaaaa, x[1], _MM_PERM_CCAA);
+  };
+  const __m512i y0 = merged(x0), y1 = merged(x1), y2 = merged(x2), y3 = merged(x3);
+  const __m512i a = _mm512_unpacklo_epi32(y0, y1), b = _mm512_unpackhi_epi32(y0, y1);
+  const __m512i c = _mm512_unpacklo_epi32(y2, y3), d = _mm512_unpackhi_epi32(y2, y3);
   words[0] = _mm512_unpacklo_epi64(a, c);
   words[1] = _mm512_unpackhi_epi64(a, c);
   words[2] = _mm512_unpacklo_epi64(b, d);

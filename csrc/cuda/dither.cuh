@@ -67,20 +67,6 @@ __device__ __forceinline__ void store(std::int16_t* to, const Eight& at,
   }
 }
 
-// Call body(cell) for the elements of each point.
-template <Lattice lattice, typename Body>
-__device__ __forceinline__ void for_each_cell(float (&x)[kPerLane], Body body) {
-#pragma unroll
-  for (int i = 0; i < kPerLane; i += kCell<lattice>) {
-    float cell[kCell<lattice>];
-#pragma unroll
-    for (int k = 0; k < kCell<lattice>; ++k) cell[k] = x[i + k];
-    body(cell);
-#pragma unroll
-    for (int k = 0; k < kCell<lattice>; ++k) x[i + k] = cell[k];
-  }
-}
-
 template <Lattice lattice>
 __device__ __forceinline__ void draw_dither(const Dither& dither, const Eight& at,
                                             float (&u)[kPerLane]) {
@@ -91,7 +77,7 @@ __device__ __forceinline__ void draw_dither(const Dither& dither, const Eight& a
 #pragma unroll
     for (int k = 0; k < 4; ++k) u[i + k] = uniform_from_word(draw.word[k]);
   }
-  for_each_cell<lattice>(u, [](auto& cell) { to_dither<lattice>(cell); });
+  to_dither<lattice>(u);
 }
 
 template <Lattice lattice>
@@ -106,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) dither_quantise_kernel(DitherQuantis
   for (int i = 0; i < kPerLane; ++i) {
     x[i] = clamp_number((x[i] - predicted[i]) * inverse_step + u[i], kLimit<lattice>);
   }
-  for_each_cell<lattice>(x, [](auto& cell) { to_codes<lattice>(cell); });
+  to_codes<lattice>(x);
   std::uint16_t codes[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {

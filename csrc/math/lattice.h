@@ -28,57 +28,83 @@ COMMRT_RULE V odd(V number) {
   return magnitude(sub(number, add(half, half)));
 }
 
+// What rounding coordinates of a point to integers comes to.
+struct Rounded {
+  V sum;              // of the integers
+  V sides;            // +1 for each coordinate, -1 where it is below its integer
+  V saved;            // in squared distance by rounding to halves instead
+  V most, at_most;    // the coordinate furthest from its integer,
+  V least, at_least;  // and the nearest one
+};
+
+COMMRT_RULE Rounded rounded(V x, int place) {
+  const V sum = round_even(x), offset = sub(x, sum), distance = magnitude(offset);
+  const V sides = where_less(offset, broadcast(0.0f), broadcast(-1.0f), broadcast(1.0f));
+  const V at = broadcast(static_cast<float>(place));
+  return {sum, sides, sub(distance, broadcast(0.25f)), distance, at, distance, at};
+}
+
+// Coordinates of a come before those of b.
+COMMRT_RULE Rounded joined(const Rounded& a, const Rounded& b) {
+  return {add(a.sum, b.sum),
+          add(a.sides, b.sides),
+          add(a.saved, b.saved),
+          where_less(a.most, b.most, b.most, a.most),
+          where_less(a.most, b.most, b.at_most, a.at_most),
+          where_less(b.least, a.least, b.least, a.least),
+          where_less(b.least, a.least, b.at_least, a.at_least)};
+}
+
+// Coordinates i and i + 1; in this order few of them are in registers at a time.
+COMMRT_RULE Rounded round_two(const V (&x)[8], int i, V (&integer)[8], V (&side)[8]) {
+  const Rounded a = rounded(x[i], i), b = rounded(x[i + 1], i + 1);
+  integer[i] = a.sum;
+  integer[i + 1] = b.sum;
+  side[i] = a.sides;
+  side[i + 1] = b.sides;
+  return joined(a, b);
+}
+
 // Twice the nearest point of E8; commrt/ops/reference/dither.py says why it is. NaN in any coordinate
 // is NaN in all.
 COMMRT_RULE void nearest_e8(const V (&x)[8], V (&twice)[8]) {
-  const V zero = broadcast(0.0f), one = broadcast(1.0f);
-  V side[8], sum = zero, sides = zero, saved = zero;
-  V most = broadcast(-1.0f), least = one, at_most = zero, at_least = zero;
-  for (int i = 0; i < 8; ++i) {
-    const V integer = round_even(x[i]), offset = sub(x[i], integer), distance = magnitude(offset);
-    const V place = broadcast(static_cast<float>(i));
-    side[i] = where_less(offset, zero, broadcast(-1.0f), one);
-    twice[i] = add(integer, integer);
-    sum = add(sum, integer);
-    sides = add(sides, side[i]);
-    saved = add(saved, sub(distance, broadcast(0.25f)));
-    at_most = where_less(most, distance, place, at_most);
-    most = where_less(most, distance, distance, most);
-    at_least = where_less(distance, least, place, at_least);
-    least = where_less(distance, least, distance, least);
-  }
+  V integer[8], side[8];
+  const Rounded first = joined(round_two(x, 0, integer, side), round_two(x, 2, integer, side));
+  const Rounded second = joined(round_two(x, 4, integer, side), round_two(x, 6, integer, side));
+  const Rounded all = joined(first, second);
   // Half of the sides is four more than what rounding to halves adds to the sum.
-  const V is_odd = odd(sum), is_odd_half = odd(add(sum, mul(sides, broadcast(0.5f))));
-  const V cost = mul(is_odd, sub(one, add(most, most)));
-  const V half_cost = sub(mul(is_odd_half, add(least, least)), saved);
-  const V nowhere = broadcast(8.0f), half = broadcast(0.5f);
-  const V at = where_less(half_cost, cost, where_less(half, is_odd_half, at_least, nowhere),
-                          where_less(half, is_odd, at_most, nowhere));
-  const V nothing = mul(saved, zero);  // or NaN
+  const V zero = broadcast(0.0f), half = broadcast(0.5f), one = broadcast(1.0f);
+  const V is_odd = odd(all.sum), is_odd_half = odd(add(all.sum, mul(all.sides, half)));
+  const V cost = mul(is_odd, sub(one, add(all.most, all.most)));
+  const V half_cost = sub(mul(is_odd_half, add(all.least, all.least)), all.saved);
+  const V nowhere = broadcast(8.0f);
+  const V at = where_less(half_cost, cost, where_less(half, is_odd_half, all.at_least, nowhere),
+                          where_less(half, is_odd, all.at_most, nowhere));
+  const V nothing = mul(all.saved, zero);  // or NaN
   const V unmoved = add(nothing, where_less(half_cost, cost, one, zero));
   const V moved = add(nothing, where_less(half_cost, cost, broadcast(-1.0f), broadcast(2.0f)));
   for (int i = 0; i < 8; ++i) {
     const V sides_away = where_equal(at, broadcast(static_cast<float>(i)), moved, unmoved);
-    twice[i] = add(twice[i], mul(side[i], sides_away));
+    twice[i] = add(add(integer[i], integer[i]), mul(side[i], sides_away));
   }
 }
 
-// From uniform numbers to the dither.
-template <Lattice lattice>
-COMMRT_RULE void to_dither(V (&u)[kCell<lattice>]) {
+// From uniform numbers to the dither: of one point of E8, or of any integers.
+template <Lattice lattice, int count>
+COMMRT_RULE void to_dither(V (&u)[count]) {
   if constexpr (lattice == Lattice::kE8) {
     V twice[8];
-    for (V& z : u) z = add(z, z);
+    for (int i = 0; i < 8; ++i) u[i] = add(u[i], u[i]);
     nearest_e8(u, twice);
     for (int i = 0; i < 8; ++i) u[i] = sub(u[i], mul(twice[i], broadcast(0.5f)));
   } else {
-    u[0] = sub(u[0], broadcast(0.5f));
+    for (int i = 0; i < count; ++i) u[i] = sub(u[i], broadcast(0.5f));
   }
 }
 
 // From dithered values, in steps and within the limit, to codes; those of kZ still to be rounded.
-template <Lattice lattice>
-COMMRT_RULE void to_codes(V (&x)[kCell<lattice>]) {
+template <Lattice lattice, int count>
+COMMRT_RULE void to_codes(V (&x)[count]) {
   if constexpr (lattice == Lattice::kE8) {
     V twice[8];
     nearest_e8(x, twice);

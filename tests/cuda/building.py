@@ -48,6 +48,7 @@ OPS = (
     *("block_decode", "block_encode", "decode_average", "decode_average_encode"),
     *("loco_encode", "patch_apply", "rescale"),
     *("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums"),
+    *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
 )
 # Kernels have the names of ops; those of the steps share these two.
 SHARED_KERNELS = {"step": ("adamw", "adan", "lion", "mofo"), "second": ("adam_mini",)}
@@ -58,7 +59,8 @@ def check_program(tier: str) -> Path:
     folder = folder_of(tier)
     with built_once(folder) as is_built:
         if not is_built:
-            checks = [CSRC / f"checks/{name}_check.cpp" for name in ("kernel", "patch", "step")]
+            parts = ("kernel", "dither", "patch", "step")
+            checks = [CSRC / f"checks/{part}_check.cpp" for part in parts]
             sources = [*cuda_sources(CSRC), *shim_sources(CSRC), *checks]
             objects = compile_all(sources, TIERS[tier], folder)
             link([*objects, *_cpu_objects()], TIERS[tier], folder / "kernel_check")

@@ -15,9 +15,10 @@ import commrt
 from commrt import ops
 from commrt.errors import ConfigError
 from commrt.ops import FLOAT_DTYPES, BlockFormat
+from commrt.ops.dither import LATTICES
 from commrt.ops.native import native
 from commrt.testing import run_ranks
-from tests.native import cases, steps, test_patch
+from tests.native import cases, steps, test_dither, test_patch
 
 pytestmark = pytest.mark.gpu
 
@@ -90,6 +91,39 @@ def test_patches_arrive_to_the_bit(dtype: torch.dtype, share: float) -> None:
             assert torch.equal(test_patch.as_int(weights.cpu()), test_patch.as_int(new))
     with pytest.raises(ConfigError, match="patches are encoded on the CPU only"):
         ops.patch_encode(old.cuda(), old.cuda(), patch)
+
+
+@pytest.mark.parametrize("lattice", LATTICES)
+@pytest.mark.parametrize("first_index", [0, 8, 2**40 + 8])
+def test_dithers_give_the_bits_of_the_cpu(lattice: str, first_index: int) -> None:
+    for index, numel in enumerate([*test_dither.sizes(lattice), 1 << 20]):
+        expected, found = (
+            every_op_of_a_dither(index, numel, lattice, first_index, device)
+            for device in ("cpu", "cuda")
+        )
+        for wanted, got in zip(expected, found, strict=True):
+            cases.assert_same_bits(got.cpu(), wanted)
+
+
+def every_op_of_a_dither(
+    seed: int, numel: int, lattice: str, first_index: int, device: str
+) -> list[Tensor]:
+    """Codes, values and rows, and a sum of three."""
+    values = test_dither.hostile(numel, seed).to(device)
+    predicted = test_dither.normal(numel, seed + 1).to(device)
+    codes, rows = (
+        test_dither.empty_codes(numel).to(device),
+        test_dither.empty_codes(numel).to(device),
+    )
+    output, total = torch.zeros_like(values), torch.zeros_like(values)
+    first_rows = torch.arange(0, 64 * 16, 16, dtype=torch.int16, device=device)
+    options = {"first_index": first_index, "lattice": lattice}
+    ops.dither_quantise(values, predicted, codes, 0.3, seed, **options)
+    ops.dither_dequantise(codes, predicted, output, 0.3, seed, **options)
+    ops.scale_rows(values, predicted, 0.3, first_rows, rows, seed, base=230, **options)
+    stack = torch.stack((predicted, predicted.flip(0), predicted.sqrt()))
+    ops.lmmse_combine(stack, torch.tensor([0.5, -3.0, 1e-3], device=device), total)
+    return [codes, output, rows, total]
 
 
 def trained(device_type: str) -> list[Tensor]:

@@ -14,7 +14,12 @@ from tests.cuda.building import CSRC, attempt, mutant_program
 DIFFERENT, RACE, OVERFLOW = "DIFFERENT", "data race", "heap-buffer-overflow"
 # Ops whose kernels are in a file of another name.
 STEPS = ("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums")
-SOURCES = {"block_decode": "decode", "decode_average": "decode", **dict.fromkeys(STEPS, "step")}
+SOURCES = {
+    "block_decode": "decode",
+    "decode_average": "decode",
+    **dict.fromkeys(STEPS, "step"),
+    **dict.fromkeys(("dither_quantise", "dither_dequantise", "scale_rows"), "dither"),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,6 +185,46 @@ MUTANTS = {
         file="step.cuh",
         old="row < first + tensor.block_rows; row += kWarp",
         new="row <= first; row += kWarp",
+        says=DIFFERENT,
+    ),
+    "elements before the window are written": Mutant(
+        tier="asan",
+        op="dither_quantise",
+        file="dither.cuh",
+        old="return i >= begin && i < end;",
+        new="return i < end;",
+        says=OVERFLOW,
+    ),
+    "four elements with the dither of the four before": Mutant(
+        tier="plain",
+        op="scale_rows",
+        file="dither.cuh",
+        old="Stream::kDither, (index + i) / 4)",
+        new="Stream::kDither, index / 4)",
+        says=DIFFERENT,
+    ),
+    "a decoded value that is rounded twice": Mutant(
+        tier="plain",
+        op="dither_dequantise",
+        file="dither.cuh",
+        old="fmaf(args.step, offset, x[i])",
+        new="args.step * offset + x[i]",
+        says=DIFFERENT,
+    ),
+    "whole vectors where rows end": Mutant(
+        tier="asan",
+        op="lmmse_combine",
+        file="lmmse_combine.cuh",
+        old="store_floats(args.out + element, valid, sum)",
+        new="store_floats(args.out + element, kPerLane, sum)",
+        says=OVERFLOW,
+    ),
+    "a weight of the row before": Mutant(
+        tier="plain",
+        op="lmmse_combine",
+        file="lmmse_combine.cuh",
+        old="args.weights[k]",
+        new="args.weights[k > 0 ? k - 1 : 0]",
         says=DIFFERENT,
     ),
     "ranks are summed in the wrong order": Mutant(
