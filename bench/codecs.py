@@ -3,7 +3,8 @@
 Sizes as in nccl-tests: `size(B)` is the uncompressed gradient, `wire(B)` the payload, `GB/s` the
 bytes the kernel must move (`moved`: read and written) a second, and `of_copy` that rate over the
 one of a non-temporal copy measured in the same interleaved rounds. Every instruction set is checked
-against the reference before it is timed; `#wrong` counts the bytes that differ.
+against the reference before it is timed; `#wrong` counts the bytes that differ. `Melem/s` are
+elements a second; those of the dither have the name of their lattice in the place of bits.
 
     python -m bench.codecs -b 128M -n 20 -J bench/results/codecs.json
     python -m bench.codecs --device cuda -b 1G    # by CUDA events; the copy is torch's
@@ -23,14 +24,16 @@ from torch import Tensor
 from bench import harness
 from commrt import ops
 from commrt.ops import BlockFormat, reference
+from commrt.ops.dither import LATTICES
 from commrt.ops.native import native
 
 CHECKED_BLOCKS = 512
 NUM_PAYLOADS = 4
+STEP = 0.5  # of the dither; the gradient's standard deviation is about 0.58
 CUDA = "cuda"  # in the place of an instruction set
 COLUMNS = [
     "kernel", "isa", "bits", "block", "dtype", "size(B)", "wire(B)", "time(us)", "p10", "p90",
-    "GB/s", "of_copy", "nmse", "#wrong",
+    "GB/s", "Melem/s", "of_copy", "nmse", "#wrong",
 ]  # fmt: skip
 
 
@@ -41,6 +44,7 @@ class Case:
     row: dict[str, Any]
     isa: str
     moved: float
+    numel: int
     call: Callable[[], object]
     times_s: list[float] = dataclasses.field(default_factory=list)
 
@@ -113,9 +117,70 @@ class Data:
             "#wrong": _num_wrong(isa, self.grad, fmt),
         }
         return [
-            Case({"kernel": kernel, **shared}, isa, moved * self.numel, call)
+            Case({"kernel": kernel, **shared}, isa, moved * self.numel, self.numel, call)
             for kernel, (moved, call) in make.items()
         ]
+
+    def dither_cases(self, isa: str, lattice: str) -> list[Case]:
+        """Every op of the dither on one lattice, all with a prediction."""
+        values, predicted = self.grad.float(), torch.zeros(self.numel, device=self.device)
+        codes, rows = torch.zeros(2, self.numel, dtype=torch.int16, device=self.device)
+        decoded = torch.zeros_like(values)
+        first_rows = torch.arange(0, 56 * 16, 16, dtype=torch.int16, device=self.device)
+        options = {"lattice": lattice}
+        ops.dither_quantise(values, predicted, codes, STEP, 0, **options)
+        ops.dither_dequantise(codes, predicted, decoded, STEP, 0, **options)
+        make = {
+            "dither_quantise": (
+                10,
+                lambda: ops.dither_quantise(values, predicted, codes, STEP, 0, **options),
+            ),
+            "dither_dequantise": (
+                10,
+                lambda: ops.dither_dequantise(codes, predicted, decoded, STEP, 0, **options),
+            ),
+            "scale_rows": (
+                10,
+                lambda: ops.scale_rows(
+                    values, predicted, 0.3, first_rows, rows, 0, base=220, **options
+                ),
+            ),
+        }
+        shared = {
+            "isa": isa,
+            "bits": lattice,
+            "block": "-",
+            "dtype": "float32",
+            "size(B)": 4 * self.numel,
+            "wire(B)": "-",
+            "nmse": float((decoded - values).square().sum() / values.square().sum()),
+            "#wrong": _num_wrong_of_dither(isa, values, lattice),
+        }
+        return [
+            Case({"kernel": kernel, **shared}, isa, moved * self.numel, self.numel, call)
+            for kernel, (moved, call) in make.items()
+        ]
+
+    def combine_case(self, isa: str) -> Case:
+        """A weighted sum of as many rows as there are payloads elsewhere."""
+        stack = self.grad.float().view(NUM_PAYLOADS, -1)
+        weights = torch.linspace(0.1, 1.0, NUM_PAYLOADS, device=self.device)
+        total = torch.zeros(stack.shape[1], device=self.device)
+        expected = torch.zeros(1 << 12)
+        _select(isa)
+        ops.lmmse_combine(stack, weights, total)
+        reference.lmmse_combine(stack[:, : 1 << 12].cpu(), weights.cpu(), expected)
+        wrong = int((total[: 1 << 12].cpu() != expected).sum())
+        blank = {column: "-" for column in COLUMNS}
+        row = {**blank, "kernel": "lmmse_combine", "isa": isa, "dtype": "float32"}
+        moved = 4 * stack.numel() + 4 * total.numel()
+        return Case(
+            {**row, "size(B)": 4 * stack.numel(), "#wrong": wrong},
+            isa,
+            moved,
+            stack.numel(),
+            lambda: ops.lmmse_combine(stack, weights, total),
+        )
 
     def yardsticks(self, isa: str) -> list[Case]:
         """The non-temporal copy and the plain read; on a GPU torch's copy."""
@@ -125,19 +190,21 @@ class Data:
         common = {**blank, "isa": isa, "dtype": "float32", "size(B)": 4 * self.numel, "#wrong": 0}
         if isa == CUDA:
             row = {**common, "kernel": "copy (torch)"}
-            return [Case(row, isa, 8 * self.numel, lambda: target.copy_(source))]
+            return [Case(row, isa, 8 * self.numel, self.numel, lambda: target.copy_(source))]
         addresses = source.data_ptr(), target.data_ptr()
         return [
             Case(
                 {**common, "kernel": "copy (non-temporal)"},
                 isa,
                 8 * self.numel,
+                self.numel,
                 lambda: (native.copy_stream(*addresses, self.numel), source, target),
             ),
             Case(
                 {**common, "kernel": "read"},
                 isa,
                 4 * self.numel,
+                self.numel,
                 lambda: (native.read_all(addresses[0], self.numel), source),
             ),
         ]
@@ -160,6 +227,7 @@ def measure(cases: list[Case], iterations: int, warmup: int) -> list[dict[str, A
             "p10": deciles[0] * 1e6,
             "p90": deciles[-1] * 1e6,
             "GB/s": rate,
+            "Melem/s": case.numel / statistics.median(case.times_s) / 1e6,
             "of_copy": rate / rates[0],
         }
         rows.append({**case.row, **times, "moved": case.moved})
@@ -216,6 +284,20 @@ def _num_wrong(isa: str, grad: Tensor, fmt: BlockFormat) -> int:
     return sum(int((mine.cpu() != theirs).sum()) for mine, theirs in pairs)
 
 
+def _num_wrong_of_dither(isa: str, values: Tensor, lattice: str) -> int:
+    """Codes and decoded values that differ from the reference's."""
+    _select(isa)
+    sample = values[: 1 << 16]
+    codes = torch.zeros(sample.numel(), dtype=torch.int16, device=values.device)
+    decoded = torch.zeros_like(sample)
+    ops.dither_quantise(sample, None, codes, STEP, 1, lattice=lattice)
+    ops.dither_dequantise(codes, None, decoded, STEP, 1, lattice=lattice)
+    own, expected = (codes.cpu(), decoded.cpu()), (codes.cpu() + 1, decoded.cpu() + 1)
+    reference.dither_quantise(sample.cpu(), None, expected[0], STEP, 1, 0, lattice)
+    reference.dither_dequantise(own[0], None, expected[1], STEP, 1, 0, lattice)
+    return sum(int((mine != theirs).sum()) for mine, theirs in zip(own, expected, strict=True))
+
+
 def _parse_size(text: str) -> int:
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     return int(text[:-1]) * units[text[-1]] if text[-1] in units else int(text)
@@ -250,6 +332,9 @@ def main() -> None:
         for block in args.blocks:
             for bits in args.bits:
                 cases += data.cases(isa, bits, block)
+        for lattice in LATTICES:
+            cases += data.dither_cases(isa, lattice)
+        cases.append(data.combine_case(isa))
         rows += measure(cases, args.iterations, args.warmup)
     harness.print_table(COLUMNS, rows)
     wrong = sum(row["#wrong"] for row in rows)
