@@ -73,6 +73,10 @@ void check_lmmse_combine(Checks& checks, std::mt19937& random);
 // In patch_check.cpp.
 void check_patch_apply(Checks& checks, std::mt19937& random);
 
+// In rans_check.cpp.
+void check_rans_encode(Checks& checks, std::mt19937& random);
+void check_rans_decode(Checks& checks, std::mt19937& random);
+
 // In step_check.cpp.
 void check_adam_mini(Checks& checks, std::mt19937& random);
 void check_adamw(Checks& checks, std::mt19937& random);

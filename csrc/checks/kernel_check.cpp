@@ -268,6 +268,8 @@ constexpr Op kOps[] = {
     {"decode_average_encode", check_decode_average_encode},
     {"rescale", check_rescale},
     {"patch_apply", check_patch_apply},
+    {"rans_encode", check_rans_encode},
+    {"rans_decode", check_rans_decode},
     {"adam_mini", check_adam_mini},
     {"adamw", check_adamw},
     {"adan", check_adan},

@@ -46,7 +46,7 @@ SHIM_TIERS = {
 }
 OPS = (
     *("block_decode", "block_encode", "decode_average", "decode_average_encode"),
-    *("loco_encode", "patch_apply", "rescale"),
+    *("loco_encode", "patch_apply", "rans_decode", "rans_encode", "rescale"),
     *("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums"),
     *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
 )
@@ -59,7 +59,7 @@ def check_program(tier: str) -> Path:
     folder = folder_of(tier)
     with built_once(folder) as is_built:
         if not is_built:
-            parts = ("kernel", "dither", "patch", "step")
+            parts = ("kernel", "dither", "patch", "rans", "step")
             checks = [CSRC / f"checks/{part}_check.cpp" for part in parts]
             sources = [*cuda_sources(CSRC), *shim_sources(CSRC), *checks]
             objects = compile_all(sources, TIERS[tier], folder)

@@ -17,8 +17,9 @@ from commrt.errors import ConfigError
 from commrt.ops import FLOAT_DTYPES, BlockFormat
 from commrt.ops.dither import LATTICES
 from commrt.ops.native import native
+from commrt.ops.rans import LANES, RANS_SEGMENT
 from commrt.testing import run_ranks
-from tests.native import cases, steps, test_dither, test_patch
+from tests.native import cases, steps, test_dither, test_patch, test_rans
 
 pytestmark = pytest.mark.gpu
 
@@ -124,6 +125,19 @@ def every_op_of_a_dither(
     stack = torch.stack((predicted, predicted.flip(0), predicted.sqrt()))
     ops.lmmse_combine(stack, torch.tensor([0.5, -3.0, 1e-3], device=device), total)
     return [codes, output, rows, total]
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_streams_are_the_words_of_the_cpu(lanes: int) -> None:
+    """And what is decoded of them, also where they are damaged."""
+    for numel in (1, 33, 1000, 3 * RANS_SEGMENT // 2):
+        codes, rows = test_rans.sample(numel, seed=numel)
+        streams = test_rans.encoded(codes, rows, lanes)
+        assert test_rans.encoded(codes.cuda(), rows.cuda(), lanes) == streams
+        assert test_rans.decoded(streams, rows.cuda(), lanes) == test_rans.whole(codes, streams)
+        streams[0][-1] ^= 1
+        expected = test_rans.decoded(streams, rows, lanes)
+        assert test_rans.decoded(streams, rows.cuda(), lanes) == expected
 
 
 def trained(device_type: str) -> list[Tensor]:

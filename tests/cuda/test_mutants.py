@@ -14,11 +14,13 @@ from tests.cuda.building import CSRC, attempt, mutant_program
 DIFFERENT, RACE, OVERFLOW = "DIFFERENT", "data race", "heap-buffer-overflow"
 # Ops whose kernels are in a file of another name.
 STEPS = ("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums")
+RANS = ("rans_encode", "rans_decode")
 SOURCES = {
     "block_decode": "decode",
     "decode_average": "decode",
     **dict.fromkeys(STEPS, "step"),
     **dict.fromkeys(("dither_quantise", "dither_dequantise", "scale_rows"), "dither"),
+    **dict.fromkeys(RANS, "rans"),
 }
 
 
@@ -74,6 +76,39 @@ MUTANTS = {
         old="if (skipped + count > 8) eight",
         new="if (skipped > 0) eight",
         says=OVERFLOW,
+    ),
+    "words in the order of the other lanes": Mutant(
+        tier="plain",
+        op="rans_encode",
+        file="rans.cuh",
+        old="next[votes_before(votes, lane.index)] = static_cast<std::uint16_t>(state);",
+        new="next[__popc(votes) - 1 - votes_before(votes, lane.index)] =\n"
+        "          static_cast<std::uint16_t>(state);",
+        says=DIFFERENT,
+    ),
+    "words that are moved before others have read them": Mutant(
+        tier="tsan",
+        op="rans_encode",
+        file="rans.cuh",
+        old="    __syncwarp();  // all have read what others overwrite\n",
+        new="",
+        says=RACE,
+    ),
+    "a stream that is read behind its end": Mutant(
+        tier="asan",
+        op="rans_decode",
+        file="rans.cuh",
+        old="is_good &= !takes || place < length;",
+        new="is_good &= !takes || place <= length;",
+        says=OVERFLOW,
+    ),
+    "a decoder that ends anywhere": Mutant(
+        tier="plain",
+        op="rans_decode",
+        file="rans.cuh",
+        old="lane.index == 0 ? state >> kWordBits == 1 : state == kLeastState",
+        new="lane.index == 0 || state == kLeastState",
+        says=DIFFERENT,
     ),
     "a store one element too far": Mutant(
         tier="asan",

@@ -52,10 +52,12 @@ def encoded(
 ) -> list[list[int]]:
     """The words of each segment; of one that cannot be coded, none."""
     num_segments = ops.rans_segments(codes.numel())
-    words = torch.empty(num_segments, ops.rans_capacity(codes.numel(), lanes), dtype=torch.uint16)
-    lengths = torch.empty(num_segments, dtype=torch.int32)
-    starts = table() if starts is None else starts
-    ops.rans_encode(codes, rows, starts, checks_of(num_segments), words, lengths, lanes=lanes)
+    capacity = ops.rans_capacity(codes.numel(), lanes)
+    words = codes.new_empty(num_segments, capacity, dtype=torch.uint16)
+    lengths = codes.new_empty(num_segments, dtype=torch.int32)
+    starts = (table() if starts is None else starts).to(codes.device)
+    checks = checks_of(num_segments).to(codes.device)
+    ops.rans_encode(codes, rows, starts, checks, words, lengths, lanes=lanes)
     used = lengths.clamp(min=0).tolist()
     return [row[:length].tolist() for row, length in zip(words, used, strict=True)]
 
@@ -66,11 +68,12 @@ def decoded(
     """Codes, words used and checks of streams of which ``spare`` more words are told."""
     widest = max(map(len, streams), default=0)
     words = torch.tensor([stream + [7] * (widest - len(stream)) for stream in streams])
-    words = words.to(torch.uint16).view(len(streams), widest)
+    words = words.to(rows.device, torch.uint16).view(len(streams), widest)
     lengths = torch.tensor([len(stream) + spare for stream in streams], dtype=torch.int32)
+    lengths = lengths.to(rows.device)
     codes, used = torch.full_like(rows, 99), torch.full_like(lengths, 99)
-    checks = checks_of(len(streams) + 1)[1:].clone()
-    ops.rans_decode(words, lengths, rows, table(), codes, checks, used, lanes=lanes)
+    checks, starts = torch.ones_like(lengths).to(torch.uint16), table().to(rows.device)
+    ops.rans_decode(words, lengths, rows, starts, codes, checks, used, lanes=lanes)
     return codes.tolist(), used.tolist(), checks.tolist()
 
 

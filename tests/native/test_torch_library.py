@@ -9,7 +9,7 @@ from torch import Tensor
 
 from commrt import ops
 from commrt.ops import BlockFormat
-from tests.native import cases
+from tests.native import cases, test_rans
 
 FMT = BlockFormat(bits=4, block=32)
 RESIDUAL_FMT = BlockFormat(bits=8, block=32)
@@ -24,6 +24,8 @@ def arguments(name: str) -> tuple[Any, ...]:
     ops.patch_encode(flat, -flat, patch)
     codes = torch.arange(100, dtype=torch.int16)
     small = torch.ones(100, dtype=torch.int16)
+    coded, table, check = test_rans.sample(100, seed=0), test_rans.table(), test_rans.checks_of(1)
+    words, length = torch.zeros(1, 108, dtype=torch.uint16), torch.tensor([108], dtype=torch.int32)
     return {
         "block_encode": (flat, empty, 4, 32, False, 7, 0, 4, 0),
         "block_decode": (payloads[0].clone(), torch.zeros(100), 4, 32, 0, 4, 0),
@@ -41,6 +43,8 @@ def arguments(name: str) -> tuple[Any, ...]:
         "polar_decode": polar_arguments(),
         "coset_llr": (flat, small, 1, torch.linspace(2, -2, 64), torch.zeros(100)),
         "coset_decode": (flat, small, 4, torch.zeros_like(small)),
+        "rans_encode": (*coded, table, 4, check, words, length),
+        "rans_decode": (words, length, coded[1], table, 4, coded[0], check, length.clone()),
     }[name]
 
 
@@ -89,6 +93,22 @@ def test_torch_compile() -> None:
     compiled = run(torch.compile(step, backend="eager", fullgraph=True))
     for actual, expected in zip(compiled, run(step), strict=True):
         assert torch.equal(actual, expected)
+
+
+def test_torch_compile_of_integers() -> None:
+    """rANS: bit-identical to eager, in one graph."""
+
+    def coded(codes: Tensor, rows: Tensor) -> tuple[Tensor, ...]:
+        words, lengths = torch.zeros(1, 108, dtype=torch.uint16), torch.zeros(1, dtype=torch.int32)
+        found, checks, used = torch.zeros_like(codes), test_rans.checks_of(1), lengths.clone()
+        ops.rans_encode(codes, rows, table, checks, words, lengths, lanes=4)
+        ops.rans_decode(words, lengths, rows, table, found, checks, used, lanes=4)
+        return found, used
+
+    table, sample = test_rans.table(), test_rans.sample(100, seed=0)
+    found, used = torch.compile(coded, backend="eager", fullgraph=True)(*sample)
+    assert torch.equal(found, sample[0])
+    assert torch.equal(used, coded(*sample)[1])
 
 
 def test_fake_tensors_pass_without_a_kernel() -> None:
