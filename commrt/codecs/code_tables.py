@@ -85,9 +85,9 @@ def entropy_tables(device: torch.device | str = "cpu") -> Tensor:
     return _tables_on(torch.device(device))
 
 
-def frequencies(device: torch.device | str = "cpu") -> Tensor:
-    """Slots of each symbol, 2**14 in all of a row: int16 [NUM_ROWS, 64]."""
-    return _frequencies_on(torch.device(device))
+def coded_range(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """The lowest and the highest code that have slots in each row, as all between have: 2 int16."""
+    return _range_on(torch.device(device))
 
 
 def fit_rows(counts: Tensor) -> Tensor:
@@ -113,14 +113,18 @@ def _tables_on(device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _frequencies_on(device: torch.device) -> Tensor:
-    return torch.from_numpy(_all_frequencies().astype(np.int16)).to(device)
+def _range_on(device: torch.device) -> tuple[Tensor, Tensor]:
+    has_slots = _all_frequencies()[:, :ESCAPE] > 0
+    lowest = has_slots.argmax(axis=1) - MOST_CODE
+    highest = MOST_CODE - has_slots[:, ::-1].argmax(axis=1)
+    ends = torch.from_numpy(np.stack([lowest, highest])).to(device, torch.int16)
+    return ends[0], ends[1]
 
 
 @functools.cache
 def _costs_on(device: torch.device) -> Tensor:
     """Bits of each symbol: fp32 [shapes * scales, phases * symbols]."""
-    slots = _frequencies_on(device).float()
+    slots = torch.from_numpy(_all_frequencies()).to(device, torch.float32)
     bits = SLOT_BITS - slots.log2()
     escape = bits[:, ESCAPE:] + ESCAPED_BITS
     bits[:, ESCAPE:] = escape

@@ -24,9 +24,9 @@ from commrt.codecs.code_tables import (
     ESCAPED_BITS,
     NUM_PHASES,
     NUM_ROWS,
+    coded_range,
     entropy_tables,
     fit_rows,
-    frequencies,
 )
 from commrt.errors import ConfigError, WireFormatError
 from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, RANS_SEGMENT, SLOT_BITS, SYMBOLS
@@ -160,10 +160,11 @@ def _num_lanes(numel: int) -> int:
 def _check_rows(rows: Tensor) -> None:
     if rows.dtype != torch.int16 or rows.dim() != 1:
         raise ConfigError(f"rows is {rows.dtype} {tuple(rows.shape)}: must be 1-D torch.int16")
-    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < NUM_ROWS:
-        raise ConfigError(
-            f"rows are {int(rows.min())} to {int(rows.max())}: must be 0 to {NUM_ROWS - 1}"
-        )
+    if rows.numel() == 0:
+        return
+    least, most = (int(row) for row in rows.aminmax())
+    if least < 0 or most >= NUM_ROWS:
+        raise ConfigError(f"rows are {least} to {most}: must be 0 to {NUM_ROWS - 1}")
 
 
 def _symbols(codes: Tensor) -> Tensor:
@@ -172,13 +173,10 @@ def _symbols(codes: Tensor) -> Tensor:
 
 
 def _are_escaped(codes: Tensor, rows: Tensor) -> Tensor:
-    """Whether each code has no slots in its row, as bool [N]. A zero always has some."""
-    [others] = (codes != 0).nonzero(as_tuple=True)
-    symbols = _symbols(codes[others])
-    slots = frequencies(codes.device).view(-1)[rows[others].long() * SYMBOLS + symbols]
-    is_escaped = torch.zeros(codes.numel(), dtype=torch.bool, device=codes.device)
-    is_escaped[others] = (slots == 0) | (symbols == ESCAPE)
-    return is_escaped
+    """Whether each code has no slots in its row, as bool [N]."""
+    index = rows.int()
+    lowest, highest = (ends.index_select(0, index) for ends in coded_range(codes.device))
+    return (codes < lowest) | (codes > highest)
 
 
 def _checksums(codes: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ __global__ void __launch_bounds__(threads) rans_decode_kernel(RansDecodeArgs arg
     args.checks[blockIdx.x] = is_whole ? static_cast<std::uint16_t>(state) : std::uint16_t{0};
   }
   if (is_whole) return;
+  __syncwarp();  // what others have decoded is overwritten
   for (int j = lane.index; j < lane.count; j += kWarp) codes[j] = 0;
 }
 
