@@ -6,6 +6,9 @@ one of a non-temporal copy measured in the same interleaved rounds. Every instru
 against the reference before it is timed; `#wrong` counts the bytes that differ. `Melem/s` are
 elements a second; those of the dither have the name of their lattice in the place of bits.
 
+The rows of rANS code Gaussian residuals of about `bits` each, in as many lanes as `block` says;
+`size(B)` is of the codes, two bytes each, so that size / 2 / time are symbols a second.
+
     python -m bench.codecs -b 128M -n 20 -J bench/results/codecs.json
     python -m bench.codecs --device cuda -b 1G    # by CUDA events; the copy is torch's
 """
@@ -23,13 +26,19 @@ from torch import Tensor
 
 from bench import harness
 from commrt import ops
+from commrt.codecs.code_tables import NUM_PHASES, coded_range
+from commrt.codecs.entropy import count_codes, entropy_tables, fit_rows
 from commrt.ops import BlockFormat, reference
 from commrt.ops.dither import LATTICES
 from commrt.ops.native import native
+from commrt.ops.rans import LANES
 
 CHECKED_BLOCKS = 512
 NUM_PAYLOADS = 4
 STEP = 0.5  # of the dither; the gradient's standard deviation is about 0.58
+MOST_CODES = 1 << 22
+# Of residuals in steps, by the bits that their codes have.
+SIGMA = {0.4: 0.15, 1.0: 0.39, 2.0: 0.93, 4.0: 3.86}
 CUDA = "cuda"  # in the place of an instruction set
 COLUMNS = [
     "kernel", "isa", "bits", "block", "dtype", "size(B)", "wire(B)", "time(us)", "p10", "p90",
@@ -210,6 +219,53 @@ class Data:
         ]
 
 
+class Streams:
+    """Codes and their rows in the entropy coder's tables, and a case for each way of coding."""
+
+    def __init__(self, numel: int, bits: float, device: str) -> None:
+        generator = torch.Generator().manual_seed(0)
+        dither = torch.rand(numel, generator=generator) - 0.5
+        residual = SIGMA[bits] * torch.randn(numel, generator=generator)
+        phase = (NUM_PHASES * (dither + 0.5)).to(torch.int16)
+        codes = (residual + dither).round().to(torch.int16)
+        rows = phase + fit_rows(count_codes(codes, phase, 1))[0]
+        lowest, highest = (ends[rows.long()] for ends in coded_range())
+        self.codes, self.rows = codes.clamp(lowest, highest).to(device), rows.to(device)
+        self.tables = entropy_tables(device)
+        self.bits = bits
+
+    def cases(self, isa: str, lanes: int) -> list[Case]:
+        """Encoding and decoding."""
+        _select(isa)
+        codes, rows, tables, numel = self.codes, self.rows, self.tables, self.codes.numel()
+        capacity, segments = ops.rans_capacity(numel, lanes), ops.rans_segments(numel)
+        words = codes.new_zeros(segments, capacity, dtype=torch.uint16)
+        lengths = codes.new_zeros(segments, dtype=torch.int32)
+        checks, used, output = lengths.to(torch.uint16), lengths.clone(), torch.zeros_like(codes)
+        coded = codes, rows, tables, checks, words, lengths
+        streams = words, lengths, rows, tables, output, checks, used
+        ops.rans_encode(*coded, lanes=lanes)
+        ops.rans_decode(*streams, lanes=lanes)
+        wire_bytes = 2 * int(lengths.sum())
+        blank = {column: "-" for column in COLUMNS}
+        row = {
+            **blank,
+            "isa": isa,
+            "bits": self.bits,
+            "block": lanes,
+            "dtype": "int16",
+            "size(B)": 2 * numel,
+            "wire(B)": wire_bytes,
+            "#wrong": int((output != codes).sum()),
+        }
+        calls: dict[str, Callable[[], object]] = {
+            "rans_encode": lambda: ops.rans_encode(*coded, lanes=lanes),
+            "rans_decode": lambda: ops.rans_decode(*streams, lanes=lanes),
+        }
+        moved = 4 * numel + wire_bytes
+        return [Case({**row, "kernel": kernel}, isa, moved, call) for kernel, call in calls.items()]
+
+
 def measure(cases: list[Case], iterations: int, warmup: int) -> list[dict[str, Any]]:
     """Time all cases in interleaved rounds; rows with medians, the first case being the copy."""
     for _ in range(warmup):
@@ -325,6 +381,8 @@ def main() -> None:
         parser.exit(1, "no CUDA: needs a GPU, torch for it, and COMMRT_CUDA=ON pip install .\n")
     torch.set_num_threads(args.threads)
     data = Data(args.bytes // 4, getattr(torch, args.dtype), args.device)
+    numel = min(args.bytes // 4, MOST_CODES)
+    streams = [Streams(numel, bits, args.device) for bits in SIGMA]
     rows = []
     isas = [CUDA] if args.device == CUDA else args.isa or native.available_isas()
     for isa in isas:
@@ -335,6 +393,8 @@ def main() -> None:
         for lattice in LATTICES:
             cases += data.dither_cases(isa, lattice)
         cases.append(data.combine_case(isa))
+        for stream in streams:
+            cases += [case for lanes in LANES for case in stream.cases(isa, lanes)]
         rows += measure(cases, args.iterations, args.warmup)
     harness.print_table(COLUMNS, rows)
     wrong = sum(row["#wrong"] for row in rows)

@@ -27,6 +27,19 @@ __device__ __forceinline__ bool is_row(const RansTable& table, std::int16_t row)
   return row >= 0 && row < table.num_rows;
 }
 
+// Of a symbol; any slots if it has none, or its row is not in the table.
+__device__ __forceinline__ Slots slots_to_push(const RansEncodeArgs& args, std::int64_t index,
+                                               bool& is_codable) {
+  const std::int16_t row = args.rows[index];
+  Slots slots = {0, 0};
+  if (is_row(args.table, row)) {
+    slots = slots_of(args.table.starts + row * kSymbols, symbol_of(args.codes[index]));
+  }
+  is_codable &= slots.frequency != 0;
+  slots.frequency += slots.frequency == 0;
+  return slots;
+}
+
 // Moves words of a stream to lower addresses.
 __device__ __forceinline__ void move_down(std::uint16_t* to, const std::uint16_t* from, int count,
                                           int lane) {
@@ -42,7 +55,6 @@ __device__ __forceinline__ void move_down(std::uint16_t* to, const std::uint16_t
 template <int threads>
 __global__ void __launch_bounds__(threads) rans_encode_kernel(RansEncodeArgs args) {
   const Lane lane(args.numel);
-  const std::int16_t *codes = args.codes + lane.first, *rows = args.rows + lane.first;
   std::uint16_t* const stream = args.words + blockIdx.x * args.capacity;
   std::uint16_t* const end = stream + args.capacity;
   std::uint16_t* next = end;  // the words are written from the last one on
@@ -50,15 +62,8 @@ __global__ void __launch_bounds__(threads) rans_encode_kernel(RansEncodeArgs arg
   bool is_codable = true;
   for (int j = (lane.count - 1) / args.lanes * args.lanes; j >= 0; j -= args.lanes) {
     const bool has_symbol = lane.index < args.lanes && j + lane.index < lane.count;
-    Slots slots = {0, kSlots};
-    if (has_symbol) {
-      const std::int16_t row = rows[j + lane.index];
-      if (is_row(args.table, row)) {
-        slots = slots_of(args.table.starts + row * kSymbols, symbol_of(codes[j + lane.index]));
-      }
-      is_codable &= is_row(args.table, row) && slots.frequency != 0;
-      slots.frequency += slots.frequency == 0;
-    }
+    Slots slots = {};
+    if (has_symbol) slots = slots_to_push(args, lane.first + j + lane.index, is_codable);
     const bool gives = has_symbol && gives_word(state, slots.frequency);
     const unsigned votes = __ballot_sync(kAllLanes, gives);
     next -= __popc(votes);

@@ -234,13 +234,9 @@ def test_lengths_that_no_segment_has(head: bytes) -> None:
 
 def test_tensors_that_do_not_serve() -> None:
     codes, rows = sample(1000, 0.3)
-    with pytest.raises(
-        ConfigError, match=r"codes is torch\.int32 \(1000,\): must be int16 \(1000,\)"
-    ):
+    with pytest.raises(ConfigError, match=r"codes is torch\.int32 \(1000,\) on cpu: must be"):
         encode_codes(codes.int(), rows)
-    with pytest.raises(
-        ConfigError, match=r"codes is torch\.int16 \(999,\): must be int16 \(1000,\)"
-    ):
+    with pytest.raises(ConfigError, match=r"codes is torch\.int16 \(999,\) on cpu: must be"):
         encode_codes(codes[1:], rows)
     with pytest.raises(
         ConfigError, match=r"rows is torch\.int64 \(1000,\): must be 1-D torch\.int16"
