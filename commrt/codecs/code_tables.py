@@ -90,6 +90,11 @@ def coded_range(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     return _range_on(torch.device(device))
 
 
+def code_costs(device: torch.device | str = "cpu") -> Tensor:
+    """Bits that each symbol takes, the escape with what follows it: fp32 [NUM_ROWS, 64]."""
+    return _costs_on(torch.device(device)).view(NUM_ROWS, SYMBOLS)
+
+
 def fit_rows(counts: Tensor) -> Tensor:
     """The table of each class that codes its symbols in the fewest bits.
 

@@ -22,15 +22,15 @@ from torch import Tensor
 
 from commrt import ops
 from commrt.codecs.code_tables import (
-    ESCAPED_BITS,
     NUM_PHASES,
     NUM_ROWS,
+    code_costs,
     coded_range,
     entropy_tables,
     fit_rows,
 )
 from commrt.errors import ConfigError, WireFormatError
-from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, RANS_SEGMENT, SLOT_BITS, SYMBOLS
+from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, RANS_SEGMENT, SYMBOLS
 
 __all__ = [
     "code_length",
@@ -264,8 +264,5 @@ def _read_varints(data: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64
 
 def code_length(codes: Tensor, rows: Tensor) -> float:
     """What the tables say that the codes take, in bits; :func:`encode_codes` takes hardly more."""
-    symbols = _symbols(codes)
-    slots = frequencies(codes.device).view(-1)[rows.long() * SYMBOLS + symbols]
-    escapes = int(((slots == 0) | (symbols == ESCAPE)).sum())
-    bits = SLOT_BITS * codes.numel() - float(slots.clamp(min=1).double().log2().sum())
-    return bits + ESCAPED_BITS * escapes
+    costs = code_costs(codes.device).view(-1)
+    return float(costs[rows.long() * SYMBOLS + _symbols(codes)].sum(dtype=torch.float64))
