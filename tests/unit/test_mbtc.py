@@ -1,0 +1,339 @@
+"""MBTC: what is decoded is what was coded, at the rate and the distortion that were asked for."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from commrt.errors import ConfigError, WireFormatError
+from commrt.federated import Aggregate, Layout, parse_uplink
+from commrt.federated.mbtc import plan, side
+from commrt.federated.mbtc.client import MbtcClient
+from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters, Plane
+from commrt.federated.mbtc.requests import Wanted, read_request, write_request
+from commrt.federated.mbtc.server import MbtcServer
+from commrt.federated.mbtc.side import Coefficients, Sources
+from commrt.federated.wire import Reader
+
+BLOCK = 4096
+# Two blocks, and what does not fill a third.
+LAYOUT = Layout({"weight": (2 * BLOCK + 123,)})
+
+
+class Cohort:
+    """Clients whose updates are jointly Gaussian."""
+
+    def __init__(
+        self, spec: str, *, count: int = 8, rho: float = 0.0, layout: Layout = LAYOUT
+    ) -> None:
+        uplink = parse_uplink(spec)
+        self.layout, self.count, self.rho = layout, count, rho
+        server = uplink.server(layout)
+        assert isinstance(server, MbtcServer)
+        self.server = server
+        self.clients: list[MbtcClient] = []
+        for index in range(count):
+            client = uplink.client(layout, index)
+            assert isinstance(client, MbtcClient)
+            self.clients.append(client)
+        self.previous: Tensor | None = None
+        self.index = 0
+
+    def updates(self) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.index)
+        common = math.sqrt(self.rho) * torch.randn(self.layout.numel, generator=generator)
+        own = math.sqrt(1 - self.rho)
+        return [
+            common + own * torch.randn(self.layout.numel, generator=generator)
+            for _ in range(self.count)
+        ]
+
+    def send(self, updates: list[Tensor], who: list[int] | None = None) -> None:
+        told = self.server.begin(self.index, range(self.count))
+        for index in range(self.count) if who is None else who:
+            client, update = self.clients[index], updates[index]
+            payload = client.encode(self.index, update, told[index], self.previous)
+            self.server.receive(index, payload)
+
+    def answer(self) -> int:
+        """Ask until nothing lacks; how many were asked."""
+        asked = 0
+        while requests := self.server.requests():
+            asked += len(requests)
+            for index, request in requests.items():
+                self.server.receive(index, self.clients[index].answer(request))
+        return asked
+
+    def finish(self) -> Aggregate:
+        aggregate = self.server.finish()
+        self.previous, self.index = aggregate.mean, self.index + 1
+        return aggregate
+
+    def round(self) -> Aggregate:
+        self.send(self.updates())
+        self.answer()
+        return self.finish()
+
+    def distortion(self, aggregate: Aggregate, updates: list[Tensor]) -> float:
+        """Of the mean, over an update's energy by the number of clients."""
+        error = aggregate.mean - torch.stack(updates).mean(dim=0)
+        return float(self.count * error.square().mean())
+
+
+# -- rate and distortion --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("nmse", [0.05, 0.5, 5.0])
+def test_the_distortion_asked_for(nmse: float) -> None:
+    cohort = Cohort(f"mbtc:nmse={nmse}")
+    found = []
+    for _ in range(4):
+        updates = cohort.updates()
+        found.append(cohort.distortion(cohort.round(), updates))
+    assert sum(found) / len(found) == pytest.approx(nmse, rel=0.05)
+
+
+@pytest.mark.parametrize("bits", [0.3, 1.0, 3.0])
+def test_the_bits_asked_for(bits: float) -> None:
+    cohort = Cohort(f"mbtc:bits={bits}", count=3)
+    found = [cohort.round().bits for _ in range(8)]
+    assert found[-1] == pytest.approx(bits, rel=0.05)
+
+
+def test_little_more_than_the_limit_of_independent_coding() -> None:
+    """0.25 bits more, what subtractive dither costs at a high rate, and less at a low one."""
+    cohort = Cohort("mbtc:nmse=0.02,memory=False", count=3)
+    cohort.round()
+    aggregate = cohort.round()
+    limit = 0.5 * math.log2(1 + 1 / 0.02)
+    assert aggregate.report["limit_independent"] == pytest.approx(limit, abs=0.02)
+    assert limit < aggregate.bits < limit + 0.27
+
+
+def test_unbiased() -> None:
+    """The error of one update, coded in many rounds, averages out."""
+    layout = Layout({"weight": (1000,)})
+    cohort, update = Cohort("mbtc:nmse=1.0", count=1, layout=layout), torch.linspace(-1, 1, 1000)
+    total = torch.zeros(1000)
+    for _ in range(60):
+        cohort.send([update])
+        total += cohort.finish().mean - update
+    energy = float(update.square().mean())
+    assert float((total / 60).square().mean()) < 2 * energy / 60
+
+
+def test_what_is_known_is_not_sent_again() -> None:
+    """Updates that repeat themselves take fewer bits, more so where clients are remembered."""
+    bits = {}
+    for memory in (True, False):
+        cohort = Cohort(f"mbtc:nmse=0.1,memory={memory}", count=4)
+        updates = cohort.updates()
+        for _ in range(5):
+            cohort.send(updates)
+            aggregate = cohort.finish()
+        bits[memory] = aggregate.bits
+    assert bits[True] < 0.6 * bits[False]
+
+
+# -- joint decoding -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("joint", ["auto", "modulo"])
+def test_joint_decoding_finds_the_same_codes(joint: str) -> None:
+    """In fewer bits, and not a bit of the mean is another."""
+    spec = f"mbtc:nmse=0.02,memory=False,block={BLOCK}"
+    alone, jointly = (
+        Cohort(spec + ",joint=off", rho=0.99),
+        Cohort(f"{spec},joint={joint}", rho=0.99),
+    )
+    for index in range(4):
+        one, two = alone.round(), jointly.round()
+        assert torch.equal(one.mean, two.mean)
+        assert two.report["joint_groups"] == (index > 0)
+    assert two.bits < one.bits - 0.3
+    assert two.bits > two.report["limit_joint"]
+
+
+def test_no_joint_decoding_where_it_does_not_pay() -> None:
+    cohort = Cohort(f"mbtc:nmse=0.1,block={BLOCK}", rho=0.2)
+    assert all(cohort.round().report["joint_groups"] == 0 for _ in range(3))
+
+
+def lacking(cohort: Cohort) -> None:
+    """Make clients send too few bits, so that blocks fail."""
+    for record in cohort.server._cosets._records:
+        record.margin = -0.05
+
+
+def test_missing_bits_are_asked_for() -> None:
+    spec = f"mbtc:nmse=0.02,memory=False,block={BLOCK}"
+    alone, jointly = Cohort(spec + ",joint=off", rho=0.99), Cohort(spec, rho=0.99)
+    alone.round(), jointly.round()
+    lacking(jointly)
+    jointly.send(jointly.updates())
+    assert jointly.answer() > 0
+    aggregate = jointly.finish()
+    assert aggregate.traffic.answer_bytes > 0
+    assert aggregate.report["missing_blocks"] == 0
+    assert torch.equal(aggregate.mean, alone.round().mean)
+
+
+def test_a_block_that_lacks_bits_is_left_out_at_the_deadline() -> None:
+    """Of that client only, and the weights of the others are made to add up."""
+    cohort = Cohort(f"mbtc:nmse=0.001,memory=False,block={BLOCK}", rho=0.99)
+    cohort.round()
+    lacking(cohort)
+    updates = cohort.updates()
+    cohort.send(updates)
+    requests = cohort.server.requests()
+    assert requests
+    aggregate = cohort.finish()
+    assert aggregate.report["missing_blocks"] > 0
+    stack = torch.stack(updates)
+    for part in (slice(0, BLOCK), slice(BLOCK, 2 * BLOCK)):
+        weights = torch.linalg.lstsq(stack[:, part].T, aggregate.mean[part, None]).solution[:, 0]
+        present = weights > 0.5 / cohort.count
+        assert float((weights[present] - 1 / int(present.sum())).abs().max()) < 0.02
+        assert all(weight < 0.02 for weight in weights[~present].abs().tolist())
+        expected = stack[present][:, part].mean(dim=0)
+        assert float((aggregate.mean[part] - expected).square().mean()) < 0.001
+
+
+def test_the_linear_estimate_is_nearer_and_says_its_bias() -> None:
+    errors, reports = {}, {}
+    for combine in ("mean", "lmmse"):
+        cohort = Cohort(f"mbtc:nmse=2.0,memory=False,combine={combine}", rho=0.5)
+        for _ in range(3):
+            updates = cohort.updates()
+            aggregate = cohort.round()
+        errors[combine] = cohort.distortion(aggregate, updates)
+        reports[combine] = aggregate.report
+        true = torch.stack(updates).mean(dim=0)
+        alignment = float(aggregate.mean @ true / true.square().sum())
+        assert alignment == pytest.approx(reports[combine].get("alignment", 1.0), abs=0.05)
+    assert errors["lmmse"] < 0.8 * errors["mean"]
+    assert reports["lmmse"]["alignment"] < 0.8
+
+
+# -- states that differ ---------------------------------------------------------------------------
+
+
+def test_a_client_that_forgot_starts_anew() -> None:
+    cohort = Cohort("mbtc:nmse=0.1", count=3)
+    cohort.round()
+    cohort.clients[1].load_state_dict({})
+    updates = cohort.updates()
+    assert cohort.distortion(cohort.round(), updates) == pytest.approx(0.1, rel=0.1)
+
+
+def test_a_payload_that_was_lost() -> None:
+    """The client remembers what the server never had, and is told so."""
+    cohort = Cohort("mbtc:nmse=0.1", count=3)
+    cohort.round()
+    cohort.send(cohort.updates(), who=[0, 2])
+    cohort.clients[1].encode(
+        1, cohort.updates()[1], cohort.server.begin(1, range(3))[1], cohort.previous
+    )
+    cohort.send(cohort.updates(), who=[0, 2])
+    cohort.finish()
+    updates = cohort.updates()
+    assert cohort.distortion(cohort.round(), updates) == pytest.approx(0.1, rel=0.1)
+
+
+def test_another_global_update_is_noticed() -> None:
+    cohort = Cohort("mbtc:nmse=0.1", count=2)
+    cohort.round()
+    told, updates = cohort.server.begin(1, range(2)), cohort.updates()
+    wrong = torch.zeros(LAYOUT.numel)
+    with pytest.raises(WireFormatError, match="of another client or state"):
+        cohort.server.receive(0, cohort.clients[0].encode(1, updates[0], told[0], wrong))
+
+
+def test_elements_too_far_from_the_rest() -> None:
+    cohort = Cohort("mbtc:nmse=0.1", count=1)
+    cohort.round()
+    told = cohort.server.begin(1, range(1))
+    update = cohort.updates()[0]
+    update[5] = 1e9
+    with pytest.raises(ConfigError, match="must be within 32766 steps"):
+        cohort.clients[0].encode(1, update, told[0])
+
+
+# -- parts ----------------------------------------------------------------------------------------
+
+
+def test_predictions() -> None:
+    generator = torch.Generator().manual_seed(0)
+    previous, own = (torch.randn(1000, generator=generator) for _ in range(2))
+    sources = Sources(previous, own.bfloat16())
+    update = 0.5 * previous - 0.25 * own
+    found = side.fit(update, sources)
+    assert found == Coefficients(32, -16)
+    predicted = torch.empty(1000)
+    side.predict(found, sources, predicted)
+    assert float((predicted - update).square().mean()) < 1e-5
+    assert side.fit(update, Sources(None, None)) == Coefficients()
+    packed = side.pack([found, Coefficients(1, -128 + 1)], sources)
+    assert side.unpack(Reader(packed), sources, 2) == [found, Coefficients(1, -127)]
+    alone = Sources(previous, None)
+    assert side.unpack(Reader(b"\x05"), alone, 1) == [Coefficients(5, 0)]
+
+
+def test_energies_know_of_rows_and_columns() -> None:
+    """A weight that was never large, in a row and a column of large ones."""
+    layout = Layout({"weight": (32, 32), "bias": (32,)})
+    own = torch.zeros(32, 32)
+    own[3], own[:, 5], own[3, 5] = 1.0, 1.0, 0.0
+    energy = side.energies(layout, Sources(None, torch.cat([own.view(-1), torch.ones(32)])))
+    assert energy is not None
+    matrix = energy[: 32 * 32].view(32, 32)
+    assert matrix[3, 5] > 100 * matrix[4, 6] > 0
+    assert energy[-32:].tolist() == [2.0] * 32
+    assert side.energies(layout, Sources(None, None)) is None
+
+
+def test_parameters() -> None:
+    tables = torch.arange(NUM_CLASSES, dtype=torch.int16)[None] * 16
+    for told in (
+        Parameters(step=0.0, history=0, tables=None, planes=((),), has_previous=False),
+        Parameters(step=0.5, history=7, tables=tables, planes=((),), has_previous=True),
+        Parameters(
+            step=0.5,
+            history=7,
+            tables=tables,
+            planes=((Plane(3, 512), Plane(1, 8)),),
+            has_previous=True,
+        ),
+    ):
+        body = told.pack()
+        found = Parameters.unpack(body, 1, BLOCK)
+        assert found.pack() == body
+        assert found.planes == told.planes
+        for length in range(len(body)):
+            with pytest.raises(WireFormatError):
+                Parameters.unpack(body[:length], 1, BLOCK)
+    with pytest.raises(WireFormatError, match="a plane of bin"):
+        Parameters.unpack(body, 1, 256)
+
+
+def test_requests() -> None:
+    planes = ((Plane(3, 512), Plane(1, 8)),)
+    wanted = [Wanted(0, 1, 0, 512, 128), Wanted(0, 0, 1, BLOCK, 0), Wanted(0, 1, 1, 8, 64)]
+    found = read_request(write_request(wanted, planes), LAYOUT, planes, BLOCK)
+    assert [each.is_whole for each in found] == [False, True, False]
+    assert (found[0], found[2]) == (wanted[0], wanted[2])
+    for body in (b"\x01", b"\x00\x02", b"\x00\x01\x03", b"\x00\x01\x00\x00\x00"):
+        with pytest.raises(WireFormatError):
+            read_request(body, LAYOUT, planes, BLOCK)
+
+
+@pytest.mark.parametrize("is_modulo", [False, True])
+def test_planes_grow_with_what_is_unknown(is_modulo: bool) -> None:
+    bits = []
+    for sigma in (0.05, 0.2, 0.5, 1.0, 4.0):
+        planes = plan.planes_for(sigma, BLOCK, 0.0, is_modulo=is_modulo)
+        bits.append(plan.bits_of(planes, BLOCK))
+    assert bits == sorted(bits)
+    assert bits[0] < 1.1
+    assert bits[-1] > 4.0
