@@ -209,8 +209,7 @@ def fit_factors(matrix: Array, rank: int) -> FactorCovariance:
     variances = diagonal(matrix)
     floor = max(_FLOOR * float(xp.mean(variances)), _TINY)
     scale = xp.sqrt(xp.where(variances > floor, variances, floor))
-    shared = matrix / scale / scale[:, None] * (1 - xp.eye(count, dtype=xp.float64))
-    shared = xp.where(xp.abs(shared) > 1, xp.sign(shared), shared)
+    shared = _correlations(matrix, scale, variances > floor)
     basis = xp.linalg.eigh(shared)[1][:, count - rank :]
     common = xp.zeros_like(variances)
     for _ in range(_FITS):
@@ -293,6 +292,15 @@ def _common_correlation(means: Array, variances: Array, seen: Array) -> float:
     pairs = xp.astype(seen, xp.float64) * (1 - xp.eye(scale.shape[0], dtype=xp.float64))
     size = float(xp.sum(pairs * scale * scale[:, None]))
     return min(1.0, max(0.0, float(xp.sum(pairs * means)) / size)) if size > 0 else 0.0
+
+
+def _correlations(matrix: Array, scale: Array, known: Array) -> Array:
+    """Off the diagonal, within [-1, 1], and 0 for clients whose variance noise hides."""
+    xp = array_namespace(matrix)
+    found = matrix / scale / scale[:, None]
+    found = xp.where(xp.abs(found) > 1, xp.sign(found), found)
+    pairs = known & known[:, None] & (xp.eye(scale.shape[0], dtype=xp.float64) == 0)
+    return xp.where(pairs, found, 0.0)
 
 
 def _grown(matrix: Array, added: int) -> Array:

@@ -117,16 +117,16 @@ def test_factors_are_found(xp) -> None:
 
 
 def test_hidden_clients_do_not_spoil_the_factors() -> None:
-    """Estimated variances below 0, and correlations beyond 1 with them."""
+    """Estimated variances below 0, or too small for the correlations that go with them."""
     dense = planted(70, 2, seed=4).dense()
     matrix = dense.copy()
-    matrix[3, 3], matrix[5, 5] = -0.1, 1e-9
+    matrix[3, 3], matrix[5, 5], matrix[7, 7] = -0.1, 1e-9, 1e-3
     found = fit_factors(matrix, 4)
     assert (found.unique > 0).all()
     assert np.isfinite(found.factor).all()
     assert found.variances[3] < 1e-4
     others = np.ix_([0, 1, 2, 4, 6], [0, 1, 2, 4, 6])
-    assert found.dense()[others] == pytest.approx(dense[others], abs=0.1)
+    assert found.dense()[others] == pytest.approx(dense[others], abs=0.25)
     rates = np.full(70, 1.0)
     assert (allocate(found, rates).rates <= rates + 1e-9).all()
 
