@@ -13,8 +13,8 @@ a rate for all clients together
 The mean is either the linear estimate of least error (``limits.combine_weights``), or the plain,
 unbiased one, ``sum_k w_k U_k``.
 
-Source: the problem and its two algorithms are those of "Federated learning via multiterminal source
-coding", arXiv 2204.10985; this solution of it is our own.
+Source: the problem, and majorisation-minimisation for small and large systems, are those of arXiv
+2204.10985; surrogates and searches here are not taken from it.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ With P = diag(precision), P_others 0 for the clients of A, all 2^K - 1 constrain
 
     ln det(I + Sigma P) - ln det(I + Sigma P_others) <= 2 ln2 R(A)
 
-Of the two terms, both concave in the precisions, the first makes the
-problem non-convex; majorisation-minimisation replaces it by its tangent at the present point, which
-lies above it, so that a step that is feasible with the tangent is feasible. Here the majorised
-function is the distortion with a logarithmic barrier, and between two tangents it takes one Newton
-step, as more would be spent on a tangent that is soon another.
+Of the two terms, both concave in the precisions, the first makes the problem non-convex;
+majorisation-minimisation replaces it by its tangent at the present point, which lies above it, so
+that what is feasible with the tangent is feasible. Here the majorised function is the distortion
+with a logarithmic barrier, and between two tangents it takes one Newton step, as more would be
+spent on a tangent that is soon another.
 
 Source: Hunter and Lange, "A tutorial on MM algorithms", Am. Stat. 58(1), 2004; Boyd and
 Vandenberghe, "Convex Optimization", section 11.3 (barrier method); Tse and Hanly, "Multiaccess
