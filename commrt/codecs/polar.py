@@ -32,10 +32,12 @@ LEAST_LOG2_MEAN = -5
 DEFAULT_PATHS = 4
 TABLE = 4096
 MOST_LLR = 2.0**20
+MOST_SIGMA = 4.0  # in places of a plane; beyond, what is known of a bit is less than 1e-30 bits
 # bits_needed() adds GAP * 2**(-SHRINK * log2_size) * H**LOW * (1 - H)**HIGH to the entropy H.
 GAP, SHRINK, LOW, HIGH = 1.19, 0.18, 0.7, 0.85
-# Planes that save less are sent as they are.
+# A plane that saves less of a bit a bit is sent as it is; one whose blocks lack fewer bits is not.
 LEAST_SAVING = 1 / 256
+NEGLIGIBLE = 1 / 64
 # The order is best for a side that knows a little more than it does, where paths are several.
 DESIGN_ENTROPY = 0.95
 
@@ -76,7 +78,7 @@ def bits_needed(log2_size: int, entropy: float, margin: float = 0.0) -> int:
     Args:
         log2_size: Of the block, from 8 to 16.
         entropy: H of the plane, in [0, 1]; where it is an estimate, a little too much is better.
-        margin: To add to H, in bits a bit.
+        margin: Of what is sent beyond H, the share to add: 0.1 halves the failures.
 
     Returns:
         A multiple of 8: from 0, where nothing is unknown, to N, where the plane had best be sent as
@@ -86,8 +88,10 @@ def bits_needed(log2_size: int, entropy: float, margin: float = 0.0) -> int:
     if not 0 <= entropy <= 1:
         raise ConfigError(f"entropy={entropy!r}: must be in [0, 1]")
     size = 1 << log2_size
+    if size * entropy <= NEGLIGIBLE:
+        return 0
     gap = GAP * 2 ** (-SHRINK * log2_size) * entropy**LOW * (1 - entropy) ** HIGH
-    share = max(0.0, entropy + gap + margin)
+    share = entropy + gap * (1 + margin)
     return size if share > 1 - LEAST_SAVING else 8 * math.ceil(size * share / 8)
 
 
@@ -168,30 +172,30 @@ def plane_table(sigma: float, cell: float, length: int = TABLE) -> Tensor:
     Returns:
         fp32 (length) on the CPU, finite whatever sigma.
     """
-    even, odd = _log_masses(sigma, cell, length)
-    return (even - odd).clamp(-MOST_LLR, MOST_LLR).float()
+    even, odd = _log_masses(sigma, cell, length // 2)
+    llr = (even - odd).clamp(-MOST_LLR, MOST_LLR).float()
+    return torch.cat((llr, -llr))
 
 
 def plane_entropy(sigma: float, cell: float) -> float:
     """Bits that are unknown of a bit of the plane; see :func:`plane_table` for the arguments."""
-    even, odd = _log_masses(sigma, cell, TABLE)
+    even, odd = _log_masses(sigma, cell, TABLE // 2)
     either = torch.logaddexp(even, odd)
     of_bit = -sum((part - either).exp() * (part - either) for part in (even, odd)) / math.log(2)
     weight = (either - either.max()).exp()
-    return float((weight * of_bit).sum() / weight.sum())
+    return min(1.0, float((weight * of_bit).sum() / weight.sum()))
 
 
 def _log_masses(sigma: float, cell: float, length: int) -> tuple[Tensor, Tensor]:
-    """Of even and of odd multiples, at ``length`` positions."""
+    """Of even and of odd multiples, at ``length`` positions between 0 and 1."""
     if not (sigma > 0 and cell > 0):
         raise ConfigError(f"sigma={sigma!r}, cell={cell!r}: must be above 0")
-    position_T = (torch.arange(length, dtype=torch.float64) + 0.5) * (2 / length)
-    reach = 2 * math.ceil(5 * sigma + 1)
-    even_M1 = torch.arange(-reach, reach + 3, 2, dtype=torch.float64)[:, None]
-    even_MT, odd_MT = (
-        _log_mass(multiple_M1 - position_T, sigma, cell) for multiple_M1 in (even_M1, even_M1 + 1)
-    )
-    return even_MT.logsumexp(dim=0), odd_MT.logsumexp(dim=0)
+    sigma = min(sigma, MOST_SIGMA)
+    position_T = (torch.arange(length, dtype=torch.float64) + 0.5) / length
+    reach = 2 * math.ceil(4 * sigma + 1)
+    multiple_M1 = torch.arange(-reach, reach + 1, 2, dtype=torch.float64)[:, None]
+    even = _log_mass(multiple_M1 - position_T, sigma, cell).logsumexp(dim=0)
+    return even, even.flip(0)  # odd ones lie as even ones do, seen from 1
 
 
 def _log_mass(distance: Tensor, sigma: float, cell: float) -> Tensor:

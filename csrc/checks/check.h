@@ -77,6 +77,12 @@ void check_patch_apply(Checks& checks, std::mt19937& random);
 void check_rans_encode(Checks& checks, std::mt19937& random);
 void check_rans_decode(Checks& checks, std::mt19937& random);
 
+// In polar_check.cpp.
+void check_polar_transform(Checks& checks, std::mt19937& random);
+void check_polar_decode(Checks& checks, std::mt19937& random);
+void check_coset_llr(Checks& checks, std::mt19937& random);
+void check_coset_decode(Checks& checks, std::mt19937& random);
+
 // In step_check.cpp.
 void check_adam_mini(Checks& checks, std::mt19937& random);
 void check_adamw(Checks& checks, std::mt19937& random);

@@ -280,6 +280,10 @@ constexpr Op kOps[] = {
     {"dither_dequantise", check_dither_dequantise},
     {"scale_rows", check_scale_rows},
     {"lmmse_combine", check_lmmse_combine},
+    {"polar_transform", check_polar_transform},
+    {"polar_decode", check_polar_decode},
+    {"coset_llr", check_coset_llr},
+    {"coset_decode", check_coset_decode},
 };
 
 }  // namespace

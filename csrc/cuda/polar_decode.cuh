@@ -49,7 +49,7 @@ __device__ __forceinline__ int weakest(const float* llr, int n, int but) {
 template <int paths>
 class PolarDecoder {
  public:
-  __device__ PolarDecoder(const PolarDecodeArgs& args, PolarShared<paths>& shared)
+  __device__ __forceinline__ PolarDecoder(const PolarDecodeArgs& args, PolarShared<paths>& shared)
       : shared_(shared), root_(args.log2_size), path_(static_cast<int>(threadIdx.x) / kWarp) {
     const std::int64_t block = blockIdx.x;
     clean_ = args.scratch + block * polar_scratch(root_, paths);
@@ -59,7 +59,7 @@ class PolarDecoder {
     load(args.llr + (block << root_), args.known + block * args.known_stride);
   }
 
-  __device__ void run() {
+  __device__ __forceinline__ void run() {
     int level = root_, first = 0;
     while (true) {
       const unsigned known = known_among(level, first);
@@ -86,7 +86,7 @@ class PolarDecoder {
   enum : unsigned { kNone = 0, kSome = 1, kAll = 2 };
 
   // LLRs that may be anything as they are decoded, and which u are known as words.
-  __device__ void load(const float* llr, const std::uint8_t* known) {
+  __device__ __forceinline__ void load(const float* llr, const std::uint8_t* known) {
     const int size = 1 << root_;
     for (int i = static_cast<int>(threadIdx.x); i < size; i += paths * kWarp) {
       clean_[i] = clean_llr(llr[i]);
@@ -98,7 +98,7 @@ class PolarDecoder {
     __syncthreads();
   }
 
-  __device__ unsigned known_among(int level, int first) const {
+  __device__ __forceinline__ unsigned known_among(int level, int first) const {
     const int n = 1 << level;
     if (n < kWarp) {
       const std::uint32_t all = (1u << n) - 1, word = shared_.known[first / kWarp] >> first % kWarp;
@@ -113,7 +113,7 @@ class PolarDecoder {
     return __ballot_sync(kAllLanes, all != ~0u) == 0 ? kAll : kSome;
   }
 
-  __device__ float* llr_of(int level, int path) const {
+  __device__ __forceinline__ float* llr_of(int level, int path) const {
     if (level == root_) return clean_;
     float* levels =
         1 << level <= PolarShared<paths>::kLargest ? shared_.levels : clean_ + (1 << root_);
@@ -121,17 +121,20 @@ class PolarDecoder {
   }
 
   // A left half has a place of its own on its level, a right one lies behind its left one.
-  __device__ std::uint8_t* bits_of(int level, int first, int path) const {
-    if (paths == 1) return decoded_ + first;
-    while (first >> level & 1) ++level;
-    std::uint8_t* lefts = 1 << level <= PolarShared<paths>::kLargest ? shared_.lefts : lefts_;
-    return lefts + ((paths + path) << level) + (first & ((1 << level) - 1));
+  __device__ __forceinline__ std::uint8_t* bits_of(int level, int first, int path) const {
+    if constexpr (paths == 1) {
+      return decoded_ + first;
+    } else {
+      while (first >> level & 1) ++level;
+      std::uint8_t* lefts = 1 << level <= PolarShared<paths>::kLargest ? shared_.lefts : lefts_;
+      return lefts + ((paths + path) << level) + (first & ((1 << level) - 1));
+    }
   }
 
-  __device__ bool is_active() const { return path_ < count_; }
+  __device__ __forceinline__ bool is_active() const { return path_ < count_; }
 
   // Of the warp's own LLRs, so that no barrier is needed.
-  __device__ void split_off_left(int level) {
+  __device__ __forceinline__ void split_off_left(int level) {
     const int half = 1 << level >> 1;
     const float* from = llr_of(level, path_);
     float* to = llr_of(level - 1, path_);
@@ -142,7 +145,7 @@ class PolarDecoder {
   }
 
   // After the left half of the node above, which begins at `first`.
-  __device__ void split_off_right(int level, int first, int origin) {
+  __device__ __forceinline__ void split_off_right(int level, int first, int origin) {
     const int half = 1 << level;
     const float* from = llr_of(level + 1, origin);
     const std::uint8_t* left = bits_of(level, first, path_);
@@ -154,7 +157,7 @@ class PolarDecoder {
   }
 
   // The halves of the node above become its bits. The right one begins at `first`.
-  __device__ int merge(int level, int first, int origin) {
+  __device__ __forceinline__ int merge(int level, int first, int origin) {
     const int half = 1 << level;
     const std::uint8_t* left = bits_of(level, first - half, origin);
     const std::uint8_t* right = bits_of(level, first, path_);
@@ -165,7 +168,7 @@ class PolarDecoder {
   }
 
   // All u are known.
-  __device__ int take(int level, int first) {
+  __device__ __forceinline__ int take(int level, int first) {
     const int n = 1 << level;
     std::uint8_t* bits = bits_of(level, first, path_);
     if (!is_active()) return 0;
@@ -189,7 +192,7 @@ class PolarDecoder {
   }
 
   // None is known.
-  __device__ int decide(int level, int first) {
+  __device__ __forceinline__ int decide(int level, int first) {
     const int n = 1 << level, each = n == 1 ? 2 : 4;
     int way = 0, origin = 0;
     if constexpr (paths > 1) {
@@ -213,7 +216,7 @@ class PolarDecoder {
   }
 
   // A path's four ways, or two if there is one bit: bit k of the way's number turns weak bit k over.
-  __device__ void offer_ways(int level, int each) {
+  __device__ __forceinline__ void offer_ways(int level, int each) {
     const int n = 1 << level;
     const float* llr = llr_of(level, path_);
     const int first = weakest(llr, n, -1), second = n == 1 ? 0 : weakest(llr, n, first);
@@ -232,7 +235,7 @@ class PolarDecoder {
   }
 
   // The way that this warp's path goes, the path_-th cheapest of so many; sets its cost. Collective.
-  __device__ int choose_way(int count) {
+  __device__ __forceinline__ int choose_way(int count) {
     const int own = own_lane();
     int rank = 0;
     for (int way = 0; way < count && own < count; ++way) {
@@ -247,7 +250,7 @@ class PolarDecoder {
     return way;
   }
 
-  __device__ void write_likeliest() {
+  __device__ __forceinline__ void write_likeliest() {
     if (own_lane() == 0 && is_active()) shared_.cost[path_] = cost_;
     __syncthreads();
     int best = 0;

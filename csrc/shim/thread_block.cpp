@@ -84,7 +84,7 @@ COMMRT_SHIM_NO_TSAN void ThreadBlock::prepare() {
   for (unsigned i = 0; i < count_; ++i) {
     Thread& thread = threads_of_block_[i];
     thread.state = State::kReady;
-    thread.barriers = 0;
+    thread.block_barriers = thread.warp_barriers = 0;
     thread.lane = static_cast<int>(i % kWarpSize);
     thread.first_of_warp = i - i % kWarpSize;
     thread.index = {i % threads_.x, i / threads_.x % threads_.y, i / (threads_.x * threads_.y)};
@@ -126,7 +126,7 @@ COMMRT_SHIM_NO_TSAN void ThreadBlock::sync_threads() {
   Thread& self = thread();
   self.state = State::kAtBarrier;
   ++at_barrier_;
-  char* order = &barriers_[self.barriers++ % 2];
+  char* order = &barriers_[self.block_barriers++ % 2];
   release(order);
   self.fiber.suspend();
   acquire(order);
@@ -139,7 +139,7 @@ COMMRT_SHIM_NO_TSAN void ThreadBlock::open_barrier() {
 
 COMMRT_SHIM_NO_TSAN void ThreadBlock::sync_warp(unsigned mask) {
   Thread& self = thread();
-  char* order = &warps_[self.first_of_warp / kWarpSize][self.barriers++ % 2];
+  char* order = &warps_[self.first_of_warp / kWarpSize][self.warp_barriers++ % 2];
   release(order);
   exchange(mask, "__syncwarp", 0, self.lane);
   acquire(order);

@@ -87,7 +87,7 @@ class ThreadBlock {
     unsigned first_of_warp;
     unsigned mask;
     const char* collective;
-    unsigned barriers;  // that it has come to, of the block and of the warp
+    unsigned block_barriers, warp_barriers;  // that it has come to
     Exchange exchange;
     char order;  // its address orders this thread's end before what follows the launch
   };

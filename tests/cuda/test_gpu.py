@@ -17,9 +17,10 @@ from commrt.errors import ConfigError
 from commrt.ops import FLOAT_DTYPES, BlockFormat
 from commrt.ops.dither import LATTICES
 from commrt.ops.native import native
+from commrt.ops.polar import PATHS
 from commrt.ops.rans import LANES, RANS_SEGMENT
 from commrt.testing import run_ranks
-from tests.native import cases, steps, test_dither, test_patch, test_rans
+from tests.native import cases, steps, test_coset, test_dither, test_patch, test_polar, test_rans
 
 pytestmark = pytest.mark.gpu
 
@@ -138,6 +139,35 @@ def test_streams_are_the_words_of_the_cpu(lanes: int) -> None:
         streams[0][-1] ^= 1
         expected = test_rans.decoded(streams, rows, lanes)
         assert test_rans.decoded(streams, rows.cuda(), lanes) == expected
+
+
+@pytest.mark.parametrize("paths", PATHS)
+def test_polar_codes_give_the_bits_of_the_cpu(paths: int) -> None:
+    for log2_size in (8, 12, 14, 16):
+        _, llr = test_polar.sample(log2_size, 5, 1.0, seed=log2_size)
+        known = test_polar.code(log2_size, 9 << log2_size - 4)
+        values = test_polar.random_bits(5, 1 << log2_size, seed=1)
+        ops.polar_transform_(values)
+        expected = test_polar.decoded(llr, known, values, paths)
+        found = test_polar.decoded(llr.cuda(), known.cuda(), values.cuda(), paths)
+        assert torch.equal(found.cpu(), expected)
+        ops.polar_transform_(expected)
+        ops.polar_transform_(found)
+        assert torch.equal(found.cpu(), expected)
+
+
+def test_cosets_give_the_bits_of_the_cpu() -> None:
+    position, known = test_coset.positions(1 << 20, 0), test_coset.integers(1 << 20, 1)
+    llr, codes = torch.zeros_like(position), torch.zeros_like(known)
+    expected, found = (
+        [tensor.to(device) for tensor in (position, known, test_coset.TABLE, llr, codes)]
+        for device in ("cpu", "cuda")
+    )
+    for near, residues, table, llr_of, codes_of in (expected, found):
+        ops.coset_llr(near, residues, 3, table, llr_of)
+        ops.coset_decode(near, residues, 10, codes_of)
+    for wanted, got in zip(expected, found, strict=True):
+        cases.assert_same_bits(got.cpu(), wanted)
 
 
 def trained(device_type: str) -> list[Tensor]:

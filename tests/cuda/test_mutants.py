@@ -14,13 +14,12 @@ from tests.cuda.building import CSRC, attempt, mutant_program
 DIFFERENT, RACE, OVERFLOW = "DIFFERENT", "data race", "heap-buffer-overflow"
 # Ops whose kernels are in a file of another name.
 STEPS = ("adam_mini", "adamw", "adan", "lion", "mofo", "square_sums")
-RANS = ("rans_encode", "rans_decode")
 SOURCES = {
-    "block_decode": "decode",
-    "decode_average": "decode",
-    **dict.fromkeys(STEPS, "step"),
+    **dict.fromkeys(("block_decode", "decode_average"), "decode"),
+    **dict.fromkeys(("coset_llr", "coset_decode"), "coset"),
     **dict.fromkeys(("dither_quantise", "dither_dequantise", "scale_rows"), "dither"),
-    **dict.fromkeys(RANS, "rans"),
+    **dict.fromkeys(("rans_encode", "rans_decode"), "rans"),
+    **dict.fromkeys(STEPS, "step"),
 }
 
 
@@ -260,6 +259,62 @@ MUTANTS = {
         file="lmmse_combine.cuh",
         old="args.weights[k]",
         new="args.weights[k > 0 ? k - 1 : 0]",
+        says=DIFFERENT,
+    ),
+    "a path goes on before the others have said what their ways cost": Mutant(
+        tier="tsan",
+        op="polar_decode",
+        file="polar_decode.cuh",
+        old="      if (is_active()) offer_ways(level, each);\n      __syncthreads();\n",
+        new="      if (is_active()) offer_ways(level, each);\n",
+        says=RACE,
+    ),
+    "a right half whose LLRs are those of the path's number, not of its origin": Mutant(
+        tier="plain",
+        op="polar_decode",
+        file="polar_decode.cuh",
+        old="const float* from = llr_of(level + 1, origin);",
+        new="const float* from = llr_of(level + 1, path_);",
+        says=DIFFERENT,
+    ),
+    "scratch for one path more than there are": Mutant(
+        tier="asan",
+        op="polar_decode",
+        file="polar_decode.cuh",
+        old="return levels + ((paths + path) << level);",
+        new="return levels + ((paths + 1 + path) << level);",
+        says=OVERFLOW,
+    ),
+    "a step of the transform that overtakes the one before": Mutant(
+        tier="tsan",
+        op="polar_transform",
+        file="polar_transform.cuh",
+        old="    __syncthreads();\n    for (int i = static_cast<int>(threadIdx.x)",
+        new="    for (int i = static_cast<int>(threadIdx.x)",
+        says=RACE,
+    ),
+    "a step of the transform too few": Mutant(
+        tier="plain",
+        op="polar_transform",
+        file="polar_bits.cuh",
+        old="return word ^ word >> 16;",
+        new="return word;",
+        says=DIFFERENT,
+    ),
+    "an LLR of an element behind the last": Mutant(
+        tier="asan",
+        op="coset_llr",
+        file="coset.cuh",
+        old="if (i >= args.numel) return;\n  args.llr",
+        new="if (i > args.numel) return;\n  args.llr",
+        says=OVERFLOW,
+    ),
+    "a coset that is searched with the modulus twice": Mutant(
+        tier="plain",
+        op="coset_decode",
+        file="coset.cuh",
+        old="args.residues[i], args.modulus, args.inverse_modulus",
+        new="args.residues[i], args.modulus, args.modulus",
         says=DIFFERENT,
     ),
     "ranks are summed in the wrong order": Mutant(

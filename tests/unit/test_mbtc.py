@@ -163,7 +163,7 @@ def test_no_joint_decoding_where_it_does_not_pay() -> None:
 def lacking(cohort: Cohort) -> None:
     """Make clients send too few bits, so that blocks fail."""
     for record in cohort.server._cosets._records:
-        record.margin = -0.05
+        record.margin = -0.5
 
 
 def test_missing_bits_are_asked_for() -> None:

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 # Of blocks, that cannot be decided at once: where more and fewer bits cost about the same.
 WANTED_FAILURES = 0.05
-MARGIN_STEP = 0.05
-LEAST_MARGIN, MOST_MARGIN = -0.05, 0.1
+MARGIN_STEP = 1.0
+LEAST_MARGIN, MOST_MARGIN = -0.5, 1.0
 # Rounds that a group is coded alone after its cosets were not worth it.
 REST = 8
 
@@ -38,7 +38,7 @@ class Record:
 
     Attributes:
         bits_alone: Bits a weight that its codes take without the other clients.
-        margin: Bits a bit to send beyond what is needed on average.
+        margin: Of the bits that are sent beyond the entropy, how many more, as a share.
         rest: Rounds in which it is to be coded alone.
     """
 

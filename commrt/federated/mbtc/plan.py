@@ -45,7 +45,7 @@ def planes_of_group(
         sigmas: (K,), in steps: what remains unknown of each residual, given those before it.
         order: In which they will be decoded.
         bits_alone: Bits a weight without cosets.
-        margin: Bits a bit to send beyond what is needed on average.
+        margin: See :func:`commrt.codecs.polar.bits_needed`.
     """
     planes: list[tuple[Plane, ...]] = [()] * len(order)
     for place in order[num_anchors(codec, len(order)) :]:
