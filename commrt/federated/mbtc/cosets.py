@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 # Of blocks, that cannot be decided at once: where more and fewer bits cost about the same.
 WANTED_FAILURES = 0.05
-MARGIN_STEP = 1.0
+MARGIN_STEP = 0.5
 LEAST_MARGIN, MOST_MARGIN = -0.5, 1.0
 # Rounds that a group is coded alone after its cosets were not worth it.
 REST = 8
