@@ -4,61 +4,15 @@
 
 namespace commrt {
 
-#define COMMRT_DECLARE_KERNELS(isa)                                                       \
-  namespace isa {                                                                         \
-  void block_encode(const BlockEncodeArgs&, std::int64_t, std::int64_t);                  \
-  void block_decode(const BlockDecodeArgs&, std::int64_t, std::int64_t);                  \
-  void loco_encode(const LocoEncodeArgs&, std::int64_t, std::int64_t);                    \
-  void decode_average(const DecodeAverageArgs&, std::int64_t, std::int64_t);              \
-  void decode_average_encode(const DecodeAverageEncodeArgs&, std::int64_t, std::int64_t); \
-  void rescale(const RescaleArgs&, std::int64_t, std::int64_t);                           \
-  void adam_mini(const StepList&, std::int64_t, std::int64_t);                            \
-  void adamw(const StepList&, std::int64_t, std::int64_t);                                \
-  void mofo(const StepList&, std::int64_t, std::int64_t);                                 \
-  void lion(const StepList&, std::int64_t, std::int64_t);                                 \
-  void adan(const StepList&, std::int64_t, std::int64_t);                                 \
-  void square_sums(const SquaresList&, std::int64_t, std::int64_t);                       \
-  void copy_stream(const float*, float*, std::int64_t);                                   \
-  float read(const float*, std::int64_t);                                                 \
-  bool patch_apply(const PatchApplyArgs&, std::int64_t, std::int64_t);                    \
-  void patch_encode(const PatchEncodeArgs&, PatchPiece&, std::int64_t, std::int64_t);     \
-  void dither_quantise(const DitherQuantiseArgs&, std::int64_t, std::int64_t);            \
-  void dither_dequantise(const DitherDequantiseArgs&, std::int64_t, std::int64_t);        \
-  void scale_rows(const ScaleRowsArgs&, std::int64_t, std::int64_t);                      \
-  void lmmse_combine(const LmmseCombineArgs&, std::int64_t, std::int64_t);                \
-  void rans_encode(const RansEncodeArgs&, std::int64_t, std::int64_t);                    \
-  void rans_decode(const RansDecodeArgs&, std::int64_t, std::int64_t);                    \
-  void polar_transform(const PolarTransformArgs&, std::int64_t, std::int64_t);            \
-  void polar_decode(const PolarDecodeArgs&, std::int64_t, std::int64_t);                  \
-  void coset_llr(const CosetLlrArgs&, std::int64_t, std::int64_t);                        \
-  void coset_decode(const CosetDecodeArgs&, std::int64_t, std::int64_t);                  \
-  const Kernels kernels = {#isa,                                                          \
-                           block_encode,                                                  \
-                           block_decode,                                                  \
-                           loco_encode,                                                   \
-                           decode_average,                                                \
-                           decode_average_encode,                                         \
-                           rescale,                                                       \
-                           adam_mini,                                                     \
-                           adamw,                                                         \
-                           mofo,                                                          \
-                           lion,                                                          \
-                           adan,                                                          \
-                           square_sums,                                                   \
-                           copy_stream,                                                   \
-                           read,                                                          \
-                           patch_apply,                                                   \
-                           patch_encode,                                                  \
-                           dither_quantise,                                               \
-                           dither_dequantise,                                             \
-                           scale_rows,                                                    \
-                           lmmse_combine,                                                 \
-                           rans_encode,                                                   \
-                           rans_decode,                                                   \
-                           polar_transform,                                               \
-                           polar_decode,                                                  \
-                           coset_llr,                                                     \
-                           coset_decode};                                                 \
+#define COMMRT_DECLARE(returns, name, ...) returns name(__VA_ARGS__, std::int64_t, std::int64_t);
+#define COMMRT_POINTER(returns, name, ...) .name = name,
+#define COMMRT_DECLARE_KERNELS(isa_name)                                                           \
+  namespace isa_name {                                                                             \
+  void copy_stream(const float*, float*, std::int64_t);                                            \
+  float read(const float*, std::int64_t);                                                          \
+  COMMRT_KERNELS(COMMRT_DECLARE)                                                                   \
+  const Kernels kernels = {                                                                        \
+      .isa = #isa_name, .copy_stream = copy_stream, .read = read, COMMRT_KERNELS(COMMRT_POINTER)}; \
   }
 
 COMMRT_DECLARE_KERNELS(portable)

@@ -10,35 +10,38 @@
 
 namespace commrt {
 
+// Every op once: what it returns, its name, and what it takes before the range.
+#define COMMRT_KERNELS(kernel)                                                                     \
+  kernel(void, block_encode, const BlockEncodeArgs&) kernel(                                       \
+      void, block_decode, const BlockDecodeArgs&) kernel(void, loco_encode, const LocoEncodeArgs&) \
+      kernel(void, decode_average, const DecodeAverageArgs&)                                       \
+          kernel(void, decode_average_encode, const DecodeAverageEncodeArgs&)                      \
+              kernel(void, rescale, const RescaleArgs&) kernel(void, adam_mini, const StepList&)   \
+                  kernel(void, adamw, const StepList&) kernel(void, mofo, const StepList&) kernel( \
+                      void, lion, const StepList&) kernel(void, adan, const StepList&)             \
+                      kernel(void, square_sums, const SquaresList&)                                \
+                          kernel(bool, patch_apply, const PatchApplyArgs&) kernel(                 \
+                              void, patch_encode, const PatchEncodeArgs&, PatchPiece&)             \
+                              kernel(void, dither_quantise, const DitherQuantiseArgs&) kernel(     \
+                                  void, dither_dequantise, const DitherDequantiseArgs&)            \
+                                  kernel(void, scale_rows, const ScaleRowsArgs&)                   \
+                                      kernel(void, lmmse_combine, const LmmseCombineArgs&) kernel( \
+                                          void, rans_encode, const RansEncodeArgs&)                \
+                                          kernel(void, rans_decode, const RansDecodeArgs&) kernel( \
+                                              void, polar_transform, const PolarTransformArgs&)    \
+                                              kernel(void, polar_decode, const PolarDecodeArgs&)   \
+                                                  kernel(void, coset_llr, const CosetLlrArgs&)     \
+                                                      kernel(void, coset_decode,                   \
+                                                             const CosetDecodeArgs&)
+
 struct Kernels {
   const char* isa;
-  void (*block_encode)(const BlockEncodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*block_decode)(const BlockDecodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*loco_encode)(const LocoEncodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*decode_average)(const DecodeAverageArgs&, std::int64_t begin, std::int64_t end);
-  void (*decode_average_encode)(const DecodeAverageEncodeArgs&, std::int64_t begin,
-                                std::int64_t end);
-  void (*rescale)(const RescaleArgs&, std::int64_t begin, std::int64_t end);
-  void (*adam_mini)(const StepList&, std::int64_t begin, std::int64_t end);
-  void (*adamw)(const StepList&, std::int64_t begin, std::int64_t end);
-  void (*mofo)(const StepList&, std::int64_t begin, std::int64_t end);
-  void (*lion)(const StepList&, std::int64_t begin, std::int64_t end);
-  void (*adan)(const StepList&, std::int64_t begin, std::int64_t end);
-  void (*square_sums)(const SquaresList&, std::int64_t begin, std::int64_t end);
   void (*copy_stream)(const float* from, float* to, std::int64_t numel);
   float (*read)(const float* from, std::int64_t numel);
-  bool (*patch_apply)(const PatchApplyArgs&, std::int64_t begin, std::int64_t end);
-  void (*patch_encode)(const PatchEncodeArgs&, PatchPiece&, std::int64_t begin, std::int64_t end);
-  void (*dither_quantise)(const DitherQuantiseArgs&, std::int64_t begin, std::int64_t end);
-  void (*dither_dequantise)(const DitherDequantiseArgs&, std::int64_t begin, std::int64_t end);
-  void (*scale_rows)(const ScaleRowsArgs&, std::int64_t begin, std::int64_t end);
-  void (*lmmse_combine)(const LmmseCombineArgs&, std::int64_t begin, std::int64_t end);
-  void (*rans_encode)(const RansEncodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*rans_decode)(const RansDecodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*polar_transform)(const PolarTransformArgs&, std::int64_t begin, std::int64_t end);
-  void (*polar_decode)(const PolarDecodeArgs&, std::int64_t begin, std::int64_t end);
-  void (*coset_llr)(const CosetLlrArgs&, std::int64_t begin, std::int64_t end);
-  void (*coset_decode)(const CosetDecodeArgs&, std::int64_t begin, std::int64_t end);
+#define COMMRT_MEMBER_OF(returns, name, ...) \
+  returns (*name)(__VA_ARGS__, std::int64_t begin, std::int64_t end);
+  COMMRT_KERNELS(COMMRT_MEMBER_OF)
+#undef COMMRT_MEMBER_OF
 };
 
 }  // namespace commrt

@@ -216,6 +216,18 @@ def test_the_linear_estimate_is_nearer_and_says_its_bias() -> None:
     assert reports["lmmse"]["alignment"] < 0.8
 
 
+def test_large_cohorts_are_coded_without_each_other() -> None:
+    layout = Layout({"weight": (600,)})
+    cohort = Cohort("mbtc:nmse=0.1", count=65, rho=0.9, layout=layout)
+    for _ in range(2):
+        report = cohort.round().report
+    assert report["joint_groups"] == 0
+    assert "limit_joint" not in report
+    server = parse_uplink("mbtc:nmse=0.1,combine=lmmse").server(layout)
+    with pytest.raises(ConfigError, match="combine='lmmse' of 65 clients: must be 64 at most"):
+        server.begin(0, range(65))
+
+
 # -- states that differ ---------------------------------------------------------------------------
 
 

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commrt.codecs.entropy import code_length
+from commrt.errors import ConfigError
 from commrt.federated.covariance import CovarianceStore, successive_side_information
 from commrt.federated.gaussian import Array, factored
 from commrt.federated.layout import Group, Layout
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 WANTED_FAILURES = 0.05
 MARGIN_STEP = 0.5
 LEAST_MARGIN, MOST_MARGIN = -0.5, 1.0
+# Of larger cohorts no covariance is kept: they are coded without each other.
+MOST_CLIENTS = 64
 # Rounds that a group is coded alone after its cosets were not worth it.
 REST = 8
 
@@ -106,8 +109,14 @@ class Cosets:
         self, round_index: int, cohort: Sequence[int], step: float
     ) -> list[tuple[tuple[Plane, ...], ...]]:
         """The planes of each client and group, in the order of the cohort."""
-        order = plan.order_of(len(cohort), round_index)
         self._running = {}
+        if len(cohort) > MOST_CLIENTS:
+            if self._codec.combine == "lmmse":
+                raise ConfigError(
+                    f"combine='lmmse' of {len(cohort)} clients: must be {MOST_CLIENTS} at most"
+                )
+            return [((),) * len(self._records)] * len(cohort)
+        order = plan.order_of(len(cohort), round_index)
         by_group = []
         for index, record in enumerate(self._records):
             planes = self._planes_of(index, cohort, order, step)
@@ -173,6 +182,12 @@ class Cosets:
         decoded: Mapping[int, Decoded],
     ) -> dict[str, float]:
         """End the round: take what it tells for the next, and return figures of it."""
+        figures = {
+            "joint_groups": float(len(self._running)),
+            "missing_blocks": float(sum(len(each.missing) for each in decoded.values())),
+        }
+        if len(cohort) > MOST_CLIENTS:
+            return figures
         places = list(decoded)
         clients = [cohort[place] for place in places]
         residuals = torch.stack([decoded[p].update - decoded[p].predicted for p in places])
@@ -194,8 +209,7 @@ class Cosets:
         return {
             "limit_independent": float(independent),
             "limit_joint": float(joint),
-            "joint_groups": float(len(self._running)),
-            "missing_blocks": float(sum(len(each.missing) for each in decoded.values())),
+            **figures,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -217,7 +231,8 @@ class Cosets:
     ) -> list[tuple[Plane, ...]]:
         record, block = self._records[index], self._codec.block
         is_on = self._codec.joint != "off" and step > 0 and not record.rest
-        if not is_on or self._layout.groups[index].numel < block:
+        is_known = bool(self.covariances[index].clients)
+        if not is_on or not is_known or self._layout.groups[index].numel < block:
             return [()] * len(cohort)
         noise = np.full(len(cohort), step * step * ROUNDING)
         covariance = self._covariance(index, cohort)

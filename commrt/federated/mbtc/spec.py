@@ -23,9 +23,10 @@ class Mbtc(Uplink):
         memory: Whether a client, and the server for it, keeps its last update, 2 bytes a weight.
         joint: ``"auto"``, joint decoding of a group where it is worth ``least_gain``: of bit planes
             in polar codes; ``"modulo"``, the same of codes modulo a power of two, which is cheaper
-            to decode and saves less; ``"off"``, none.
+            to decode and saves less; ``"off"``, none. Cohorts of up to 64 clients.
         combine: ``"mean"``, unbiased; ``"lmmse"``, the linear estimate of least error, which is
             biased towards what was predicted: the report has ``alignment``, its expected share.
+            Cohorts of up to 64 clients.
         block: Weights that are decoded together, a power of two from 256 to 65536.
         anchors: Clients that are decoded without the others; None for one in eight, two at least.
         least_gain: Bits a weight that joint decoding must save.
