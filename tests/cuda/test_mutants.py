@@ -274,7 +274,7 @@ MUTANTS = {
         op="polar_decode",
         file="polar_decode.cuh",
         old="const float* from = llr_of(level + 1, origin);",
-        new="const float* from = llr_of(level + 1, path_);",
+        new="const float* from = llr_of(level + 1, origin * 0 + path_);",
         says=DIFFERENT,
     ),
     "scratch for one path more than there are": Mutant(

