@@ -32,7 +32,8 @@ class Round:
         if wrong:
             raise ConfigError(f"weights of clients are {wrong}: must be positive")
         self.weights = {client: float(weights[client]) for client in self.cohort}
-        self._uplink_bytes = self._answer_bytes = self._downlink_bytes = 0
+        self._uplink_bytes = dict.fromkeys(self.cohort, 0)
+        self._answer_bytes = self._downlink_bytes = 0
 
     def place(self, client: int) -> int:
         """Where in the cohort ``client`` is."""
@@ -40,9 +41,9 @@ class Round:
             raise ConfigError(f"client {client} is not in the cohort of round {self.index}")
         return self.cohort.index(client)
 
-    def came(self, payload: bytes, *, is_answer: bool = False) -> None:
-        """Count what came, of use or not."""
-        self._uplink_bytes += len(payload)
+    def came(self, client: int, payload: bytes, *, is_answer: bool = False) -> None:
+        """Count what came from a client, of use or not."""
+        self._uplink_bytes[client] += len(payload)
         self._answer_bytes += len(payload) * is_answer
 
     def sent(self, frames: dict[int, bytes]) -> dict[int, bytes]:
@@ -50,11 +51,15 @@ class Round:
         self._downlink_bytes += sum(map(len, frames.values()))
         return frames
 
+    def bytes_of(self, client: int) -> int:
+        """What came from a client so far."""
+        return self._uplink_bytes[client]
+
     @property
     def traffic(self) -> Traffic:
         """The bytes so far."""
         return Traffic(
-            uplink_bytes=self._uplink_bytes,
+            uplink_bytes=sum(self._uplink_bytes.values()),
             answer_bytes=self._answer_bytes,
             downlink_bytes=self._downlink_bytes,
         )

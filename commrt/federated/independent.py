@@ -123,7 +123,7 @@ class IndependentServer(Server):
         """See :meth:`Server.receive`."""
         running = self._running()
         index = running.place(client)
-        running.came(payload)
+        running.came(client, payload)
         if client in self._updates:
             raise WireFormatError(f"client {client} has sent its update of this round before")
         context = self._ends.context(running.index, client)

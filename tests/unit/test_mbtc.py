@@ -101,6 +101,23 @@ def test_the_bits_asked_for(bits: float) -> None:
     assert found[-1] == pytest.approx(bits, rel=0.05)
 
 
+def test_each_client_keeps_to_its_budget() -> None:
+    """More bits buy less noise."""
+    cohort, budgets = Cohort("mbtc:bits=1.0", count=3), {0: 0.5, 1: 1.0, 2: 3.0}
+    for index in range(8):
+        updates = cohort.updates()
+        told = cohort.server.begin(index, range(3), budgets=budgets)
+        bits = {}
+        for client, update in enumerate(updates):
+            payload = cohort.clients[client].encode(index, update, told[client], cohort.previous)
+            cohort.server.receive(client, payload)
+            bits[client] = 8 * len(payload) / LAYOUT.numel
+        cohort.finish()
+    assert bits == pytest.approx(budgets, rel=0.05)
+    with pytest.raises(ConfigError, match=r"budgets of clients are \{2: None\}"):
+        cohort.server.begin(8, range(3), budgets={0: 1.0, 1: 2.0})
+
+
 def test_little_more_than_the_limit_of_independent_coding() -> None:
     """0.25 bits more, what subtractive dither costs at a high rate, and less at a low one."""
     cohort = Cohort("mbtc:nmse=0.02,memory=False", count=3)

@@ -106,9 +106,15 @@ class Cosets:
         self._running: dict[int, Running] = {}
 
     def begin(
-        self, round_index: int, cohort: Sequence[int], step: float
+        self, cohort: Sequence[int], steps: Sequence[float], order: Sequence[int]
     ) -> list[tuple[tuple[Plane, ...], ...]]:
-        """The planes of each client and group, in the order of the cohort."""
+        """The planes of each client and group, by place.
+
+        Args:
+            cohort: The clients.
+            steps: Of each, 0 where it chooses.
+            order: Of decoding, places.
+        """
         self._running = {}
         if len(cohort) > MOST_CLIENTS:
             if self._codec.combine == "lmmse":
@@ -116,10 +122,9 @@ class Cosets:
                     f"combine='lmmse' of {len(cohort)} clients: must be {MOST_CLIENTS} at most"
                 )
             return [((),) * len(self._records)] * len(cohort)
-        order = plan.order_of(len(cohort), round_index)
         by_group = []
         for index, record in enumerate(self._records):
-            planes = self._planes_of(index, cohort, order, step)
+            planes = self._planes_of(index, cohort, steps, order)
             record.rest = max(0, record.rest - 1)
             by_group.append(planes)
             if any(planes):
@@ -227,18 +232,18 @@ class Cosets:
             record.load_state_dict(each)
 
     def _planes_of(
-        self, index: int, cohort: Sequence[int], order: Sequence[int], step: float
+        self, index: int, cohort: Sequence[int], steps: Sequence[float], order: Sequence[int]
     ) -> list[tuple[Plane, ...]]:
         record, block = self._records[index], self._codec.block
-        is_on = self._codec.joint != "off" and step > 0 and not record.rest
+        is_on = self._codec.joint != "off" and min(steps) > 0 and not record.rest
         is_known = bool(self.covariances[index].clients)
         if not is_on or not is_known or self._layout.groups[index].numel < block:
             return [()] * len(cohort)
-        noise = np.full(len(cohort), step * step * ROUNDING)
+        noise = np.square(steps) * ROUNDING
         covariance = self._covariance(index, cohort)
         _, variances = successive_side_information(covariance, noise, order)
         return plan.planes_of_group(
-            self._codec, np.sqrt(variances) / step, order, record.bits_alone, record.margin
+            self._codec, np.sqrt(variances) / steps, order, record.bits_alone, record.margin
         )
 
     def _covariance(self, index: int, clients: Sequence[int]) -> Array:

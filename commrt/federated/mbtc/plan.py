@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +21,18 @@ NEGLIGIBLE_BITS, NEGLIGIBLE_MODULO_BITS = 0.01, 1.0
 SIGMAS_PER_OCTAVE = 32
 
 
-def order_of(num_clients: int, round_index: int) -> list[int]:
-    """Places in the order of decoding, another client first in every round."""
-    return [(place + round_index) % num_clients for place in range(num_clients)]
+def order_of(
+    cohort: Sequence[int], round_index: int, budgets: Mapping[int, float] | None
+) -> list[int]:
+    """Places in the order of decoding.
+
+    Those with the largest budgets first, whose noise is least; with equal ones, another client
+    first in every round.
+    """
+    order = [(place + round_index) % len(cohort) for place in range(len(cohort))]
+    if budgets is not None:
+        order.sort(key=lambda place: -budgets[cohort[place]])
+    return order
 
 
 def num_anchors(codec: "Mbtc", num_clients: int) -> int:

@@ -6,14 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from commrt.errors import StateError, WireFormatError
+from commrt.errors import ConfigError, StateError, WireFormatError
 from commrt.federated.cohort import Round
 from commrt.federated.layout import Layout
-from commrt.federated.mbtc import coding
+from commrt.federated.mbtc import coding, plan
 from commrt.federated.mbtc.combine import Decoded, unbiased_mean
 from commrt.federated.mbtc.cosets import Cosets
 from commrt.federated.mbtc.parameters import Parameters
-from commrt.federated.mbtc.rate import StepControl
+from commrt.federated.mbtc.rate import MOST_BITS, Coded, StepControl
 from commrt.federated.mbtc.received import Received, flags_of, read_answer, read_update
 from commrt.federated.mbtc.requests import Wanted, write_request
 from commrt.federated.mbtc.side import History, Sources
@@ -48,24 +48,43 @@ class MbtcServer(Server):
         *,
         weights: Mapping[int, float] | None = None,
         previous: Tensor | None = None,
+        budgets: Mapping[int, float] | None = None,
     ) -> dict[int, bytes]:
-        """See :meth:`Server.begin`."""
+        """See :meth:`Server.begin`.
+
+        Args:
+            round_index: As there.
+            cohort: As there.
+            weights: As there.
+            previous: As there.
+            budgets: Bits a weight of each client in the cohort; it learns in a few rounds to keep
+                to them. Default, one step for all, for the codec's ``nmse`` or ``bits``.
+
+        Raises:
+            ConfigError: As there; or a budget is missing or not in (0, 12].
+        """
         self._round = Round(round_index, cohort, weights)
+        if budgets is not None:
+            wrong = {c: budgets.get(c) for c in cohort if not 0 < budgets.get(c, 0) <= MOST_BITS}
+            if wrong:
+                raise ConfigError(f"budgets of clients are {wrong}: must be in (0, {MOST_BITS:g}]")
         self._previous = (
             self._mean if previous is None else self._layout.check(previous, "previous")
         )
         self._received, self._asked = {}, {}
-        planes = self._cosets.begin(round_index, cohort, self._steps.step)
+        steps = self._steps.steps_of(cohort, budgets)
+        order = plan.order_of(cohort, round_index, budgets)
+        planes = self._cosets.begin(cohort, steps, order)
         fitted = {has_own: tables.fit() for has_own, tables in self._tables.items()}
         self._told = {
             client: Parameters(
-                step=self._steps.step,
+                step=step,
                 history=self._histories[client].tag if client in self._histories else 0,
                 tables=fitted[client in self._histories],
                 planes=each,
                 has_previous=self._previous is not None,
             )
-            for client, each in zip(cohort, planes, strict=True)
+            for client, each, step in zip(cohort, planes, steps, strict=True)
         }
         frames = {
             client: seal(Kind.PARAMETERS, round_index, told.pack(), self._context(client))
@@ -78,10 +97,10 @@ class MbtcServer(Server):
         running = self._running()
         place = running.place(client)
         if client in self._asked:
-            running.came(payload, is_answer=True)
+            running.came(client, payload, is_answer=True)
             self._take_answer(client, self._received[place], payload)
             return
-        running.came(payload)
+        running.came(client, payload)
         if place in self._received:
             raise WireFormatError(f"client {client} has sent its update of this round before")
         self._received[place] = self._read(client, payload)
@@ -176,11 +195,12 @@ class MbtcServer(Server):
         self, running: Round, codes: Mapping[int, Tensor], decoded: Mapping[int, Decoded]
     ) -> dict[str, float]:
         """Take what the round tells for the next ones; the figures of its report."""
-        energies, steps = [], []
+        energies, coded = [], {}
         for place, each in decoded.items():
             client, how = running.cohort[place], self._received[place].how
             energies.append(float(each.update.double().square().mean()) - how.noise)
-            steps.append(how.step)
+            bits = 8 * running.bytes_of(client) / self._layout.numel
+            coded[client] = Coded(how.step, bits)
             if each.missing:
                 continue
             if self._codec.memory:
@@ -189,9 +209,8 @@ class MbtcServer(Server):
             self._tables[has_own].count(codes[place], how.contexts)
         for tables in self._tables.values():
             tables.close_round()
-        bits = 8 * running.traffic.uplink_bytes / (self._layout.numel * len(decoded))
         energy = sum(energies) / len(energies)
-        self._steps.learn(energy, steps, bits)
+        self._steps.learn(energy, coded)
         noise = sum(self._received[place].how.noise for place in decoded) / len(decoded)
         figures = self._cosets.learn(running.cohort, self._received, codes, decoded)
-        return {"bits": bits, "nmse": noise / energy if energy > 0 else math.inf, **figures}
+        return {"nmse": noise / energy if energy > 0 else math.inf, **figures}

@@ -5,6 +5,7 @@ import dataclasses
 from commrt.errors import ConfigError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc.client import MbtcClient
+from commrt.federated.mbtc.rate import MOST_BITS
 from commrt.federated.mbtc.server import MbtcServer
 from commrt.federated.uplink import Uplink
 
@@ -47,7 +48,7 @@ class Mbtc(Uplink):
     def __post_init__(self) -> None:
         if (self.nmse is None) == (self.bits is None):
             raise ConfigError(f"nmse={self.nmse}, bits={self.bits}: one of them must be given")
-        for name, most in (("nmse", 1e4), ("bits", 12.0)):
+        for name, most in (("nmse", 1e4), ("bits", MOST_BITS)):
             value = getattr(self, name)
             if value is not None and not 0 < value <= most:
                 raise ConfigError(f"{name}={value!r}: must be in (0, {most:g}]")
