@@ -6,11 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from commrt.codecs.entropy import encode_codes
 from commrt.errors import ConfigError, WireFormatError
 from commrt.federated import Aggregate, Layout, parse_uplink
 from commrt.federated.mbtc import plan, side
 from commrt.federated.mbtc.client import MbtcClient
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters, Plane
+from commrt.federated.mbtc.received import read_codes
 from commrt.federated.mbtc.requests import Wanted, read_request, write_request
 from commrt.federated.mbtc.server import MbtcServer
 from commrt.federated.mbtc.side import Coefficients, Sources
@@ -344,6 +346,16 @@ def test_parameters() -> None:
                 Parameters.unpack(body[:length], 1, BLOCK)
     with pytest.raises(WireFormatError, match="a plane of bin"):
         Parameters.unpack(body, 1, 256)
+
+
+def test_no_code_decodes_to_nan() -> None:
+    rows = torch.zeros(3, dtype=torch.int16)
+    for code in (-32767, 32767):
+        codes = torch.tensor([0, code, 1], dtype=torch.int16)
+        assert torch.equal(read_codes(encode_codes(codes, rows), rows), codes)
+    payload = encode_codes(torch.tensor([0, -32768, 1], dtype=torch.int16), rows)
+    with pytest.raises(WireFormatError, match="a code of -32768, which no number has"):
+        read_codes(payload, rows)
 
 
 def test_requests() -> None:

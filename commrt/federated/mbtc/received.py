@@ -18,6 +18,7 @@ from commrt.federated.mbtc.planes import Blocks
 from commrt.federated.mbtc.requests import Wanted
 from commrt.federated.mbtc.side import Sources
 from commrt.federated.wire import HEAD_BYTES, Reader
+from commrt.ops.dither import NAN_CODE
 
 
 class Received(NamedTuple):
@@ -88,7 +89,7 @@ def read_update(
     )
     parts = coding.coded_alone(layout, told.planes, block)
     rows = coding.gather(how.rows, parts)
-    codes = decode_codes(reader.take(reader.left), rows, rows.numel())
+    codes = read_codes(reader.take(reader.left), rows)
     alone = torch.zeros(layout.numel, dtype=torch.int16)
     for part, some in zip(parts, codes.split([p.stop - p.start for p in parts]), strict=True):
         alone[part] = some
@@ -112,9 +113,21 @@ def read_answer(
         begin = layout.groups[each.group].begin + each.block * size
         (num_bytes,) = reader.unpack("I")
         rows = update.how.rows[begin : begin + size]
-        taken.append(decode_codes(reader.take(int(num_bytes)), rows, size))
+        taken.append(read_codes(reader.take(int(num_bytes)), rows))
     reader.end()
     return taken
+
+
+def read_codes(payload: bytes, rows: Tensor) -> Tensor:
+    """Codes of these rows, int16 (N,), none of which stands for what is no number.
+
+    Raises:
+        WireFormatError: They cannot be decoded.
+    """
+    codes = decode_codes(payload, rows, rows.numel())
+    if bool((codes == NAN_CODE).any()):
+        raise WireFormatError(f"a code of {NAN_CODE}, which no number has")
+    return codes
 
 
 def _read_head(reader: Reader, told: Parameters, num_groups: int) -> tuple[float, Tensor]:
