@@ -69,7 +69,8 @@ def measure(num_clients: int, correlation: float, codec: str, *, rounds: int) ->
     """A row of figures: the first round apart, means of the others."""
     source = Source(num_clients, correlation)
     spec = f"spread:step={_spread_step(source)}" if codec == SPREAD else codec
-    first, *later = source.outcomes(spec, rounds)
+    learns = codec.startswith("mbtc")
+    first, *later = source.outcomes(spec, rounds if learns else 2)
 
     def mean(name: str) -> float:
         return statistics.fmean(getattr(outcome, name) for outcome in later)

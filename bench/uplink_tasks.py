@@ -44,6 +44,7 @@ PACKAGES = (
 SEQ_LEN = 64
 PAGE = 1024  # bytes of text that go to one client of an iid split
 VALIDATION_WINDOWS = 256
+WARM_LR = 3e-3
 CURVE_POINTS = 10
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -265,9 +266,15 @@ class Texts:
 
 
 def text(
-    split: str, seed: int, *, lr: float = 1.0, num_steps: int = 4, batch_size: int = 4
+    split: str,
+    seed: int,
+    *,
+    lr: float = 0.1,
+    num_steps: int = 2,
+    batch_size: int = 2,
+    warm_steps: int = 100,
 ) -> Task:
-    """A byte-level GPT on the standard library."""
+    """A byte-level GPT on the standard library, which it has seen a little of."""
     texts = [corpus.train for corpus in _packages()]
     if split == "iid":
         pages = torch.cat(texts).split(PAGE)
@@ -275,15 +282,31 @@ def text(
         texts = [
             torch.cat([pages[page] for page in order[k::NUM_CLIENTS]]) for k in range(NUM_CLIENTS)
         ]
-    torch.manual_seed(seed)
     return Task(
-        module=GPT(ModelConfig(dim=64, num_layers=2, num_heads=4, seq_len=SEQ_LEN)),
+        module=_warm(seed, warm_steps),
         data=Texts(texts, num_steps, batch_size),
         validation=_validation(),
         measure=_cross_entropy,
         is_loss=True,
         lr=lr,
     )
+
+
+@functools.cache
+def _warm(seed: int, num_steps: int) -> nn.Module:
+    """The model after some steps in one place: from scratch, SGD would only learn frequencies."""
+    torch.manual_seed(seed)
+    module = GPT(ModelConfig(dim=64, num_layers=2, num_heads=4, seq_len=SEQ_LEN))
+    everything = torch.cat([corpus.train for corpus in _packages()])
+    optimizer = torch.optim.AdamW(module.parameters(), lr=WARM_LR)
+    for step in range(num_steps):
+        inputs, targets = train_batch(
+            everything, seed=seed, step=step, rank=0, batch_size=8, seq_len=SEQ_LEN
+        )
+        optimizer.zero_grad()
+        _cross_entropy(module(inputs), targets).backward()
+        optimizer.step()
+    return module
 
 
 @functools.cache
