@@ -24,6 +24,7 @@ Needs scikit-learn for the digits: pip install -c constraints.txt -e '.[bench]'.
 
 import argparse
 import itertools
+import json
 import multiprocessing
 import statistics
 import sys
@@ -106,6 +107,18 @@ def _call(call: Callable[[], Row]) -> Row:
     return call()
 
 
+def added(rows: Sequence[Row], paths: Sequence[Path]) -> list[Row]:
+    """Rows of earlier runs that are not among these."""
+    found = {_place(row): row for path in paths for row in json.loads(path.read_text())["results"]}
+    for row in rows:
+        found.pop(_place(row), None)
+    return list(found.values())
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("task", "split", "seed", "K", "rho", "kind", "codec"))
+
+
 def over_seeds(rows: Sequence[Row]) -> list[Row]:
     """A row for each task, split and codec: means over seeds, and the gap to the reference."""
     reference = {_cell(row): row["final"] for row in rows if row["codec"] == REFERENCE}
@@ -163,7 +176,7 @@ def main() -> None:
     """Command line."""
     names = [*uplink_tasks.TASKS, GAUSSIAN]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", choices=names, default=names)
+    parser.add_argument("--tasks", nargs="*", choices=names, default=names)
     parser.add_argument(
         "--splits", nargs="+", metavar="SPLIT", help="iid, dirichletNUMBER, natural; default: some"
     )
@@ -177,11 +190,16 @@ def main() -> None:
         "--clients", nargs="+", type=int, default=list(uplink_gaussian.COHORTS), help="Gaussian"
     )
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument(
+        *("--add",), nargs="+", type=Path, metavar="JSON", default=[],
+        help="of earlier runs, whose rows are taken over where this one has none",
+    )  # fmt: skip
     parser.add_argument("-o", "--output", type=Path, help="JSON file; the plots go beside it")
     args = parser.parse_args()
     if min(args.rounds, 2 * args.gaussian_rounds) < 4:
         parser.error("--rounds must be at least 4, --gaussian-rounds at least 2")
     rows = run(jobs(args), args.processes)
+    rows += added(rows, args.add)
     trained = [row for row in rows if "task" in row]
     sources = [row for row in rows if "task" not in row]
     table = over_seeds(trained)
@@ -193,7 +211,7 @@ def main() -> None:
         if found:
             harness.print_table(columns, found)
     if args.output:
-        config = {name: value for name, value in vars(args).items() if name != "output"}
+        config = {n: value for n, value in vars(args).items() if n not in ("output", "add")}
         harness.save(args.output, config=config, results=rows)
         if table:
             plot_tasks(table, args.output.with_name(f"{args.output.stem}_tasks.png"))

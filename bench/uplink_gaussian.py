@@ -16,6 +16,7 @@ from torch import Tensor
 from bench.uplink_round import Cohort, Outcome
 from commrt.codecs import derive_seed
 from commrt.federated import Layout
+from commrt.federated.limits import Symmetric
 
 NUMEL = 65536
 NMSE = 0.109  # where an entropy-coded dithered scalar quantiser takes 1.93 bits
@@ -55,14 +56,9 @@ class Source(NamedTuple):
             yield cohort.round(index, list(self.draw(index)))
 
     def limits(self, nmse: float) -> tuple[float, float]:
-        """Bits that unbiased clients need at this distortion: Berger-Tung, and each decoded alone.
-
-        Test channels U = X + Z with noise of variance nmse; Berger-Tung is I(X; U) over clients.
-        """
-        common = 1 + (self.num_clients - 1) * self.correlation  # eigenvalues of the covariance
-        others = 1 - self.correlation
-        joint = math.log2(1 + common / nmse) + (self.num_clients - 1) * math.log2(1 + others / nmse)
-        return joint / (2 * self.num_clients), 0.5 * math.log2(1 + 1 / nmse)
+        """Bits of unbiased clients at this distortion: Berger-Tung, and each decoded alone."""
+        together = Symmetric(num_clients=self.num_clients, correlation=self.correlation)
+        return together.rate(nmse), Symmetric(num_clients=1, correlation=0.0).rate(nmse)
 
 
 def measure(num_clients: int, correlation: float, codec: str, *, rounds: int) -> dict[str, Any]:
