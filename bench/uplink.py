@@ -26,6 +26,7 @@ import argparse
 import itertools
 import json
 import multiprocessing
+import operator
 import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -96,15 +97,11 @@ def run(calls: Sequence[Callable[[], Row]], num_processes: int) -> list[Row]:
         initializer=torch.set_num_threads,
         initargs=(1,),
     ) as pool:
-        for row in pool.map(_call, calls):
+        for row in pool.map(operator.call, calls):
             rows.append(row)
             done = f"{len(rows)} of {len(calls)}: {row['codec']}, {row['bits']:.3f} bits"
             print(done, file=sys.stderr, flush=True)
     return rows
-
-
-def _call(call: Callable[[], Row]) -> Row:
-    return call()
 
 
 def added(rows: Sequence[Row], paths: Sequence[Path]) -> list[Row]:
