@@ -240,9 +240,9 @@ def plot_tasks(rows: Sequence[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(
         len(tasks), width, figsize=(5 * width, 4 * len(tasks)), layout="constrained", squeeze=False
     )
-    colors = {
-        codec: f"C{i % 10}" for i, codec in enumerate(dict.fromkeys(r["codec"] for r in rows))
-    }
+    palette = pyplot.get_cmap("tab20").colors
+    codecs = dict.fromkeys(row["codec"] for row in rows)
+    colors = {codec: palette[i % len(palette)] for i, codec in enumerate(codecs)}
     lines = {}
     for axis in axes.flat:
         axis.set_visible(False)
