@@ -11,8 +11,8 @@ from commrt.errors import ConfigError, WireFormatError
 from commrt.federated import Aggregate, Layout, parse_uplink
 from commrt.federated.mbtc import plan, side
 from commrt.federated.mbtc.client import MbtcClient
+from commrt.federated.mbtc.coding import read_codes
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters, Plane
-from commrt.federated.mbtc.received import read_codes
 from commrt.federated.mbtc.requests import Wanted, read_request, write_request
 from commrt.federated.mbtc.server import MbtcServer
 from commrt.federated.mbtc.side import Coefficients, Sources
@@ -128,6 +128,22 @@ def test_little_more_than_the_limit_of_independent_coding() -> None:
     limit = 0.5 * math.log2(1 + 1 / 0.02)
     assert aggregate.report["limit_independent"] == pytest.approx(limit, abs=0.02)
     assert limit < aggregate.bits < limit + 0.27
+
+
+@pytest.mark.parametrize("size", [2003, 8000])
+def test_points_of_e8_take_a_tenth_of_a_bit_less(size: int) -> None:
+    """At the same distortion, also where the last point is not full."""
+    bits = {}
+    for lattice in ("z", "e8"):
+        spec = f"mbtc:nmse=0.05,joint=off,lattice={lattice}"
+        cohort, found = Cohort(spec, count=4, layout=Layout({"weight": (size,)})), []
+        for _ in range(4):
+            updates = cohort.updates()
+            aggregate = cohort.round()
+            found.append(cohort.distortion(aggregate, updates))
+        assert sum(found) / len(found) == pytest.approx(0.05, rel=0.05)
+        bits[lattice] = aggregate.bits - 8 * 15 / size * (lattice == "e8")
+    assert 0.06 < bits["z"] - bits["e8"] < 0.14
 
 
 def test_unbiased() -> None:

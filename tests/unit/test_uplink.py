@@ -16,7 +16,8 @@ from commrt.federated.wire import Kind, Reader, seal, unseal, varint
 LAYOUT = Layout({"weight": (40, 30), "bias": (40,), "head": (10, 40), "scale": ()})
 SPECS = (
     *("fp32", "fp16", "eden1", "qsgd:levels=4", "spread:step=1.9", "sign", "pvq"),
-    *("topk:share=0.1", "loco4", "mbtc:nmse=0.5", "mbtc:bits=1.5,memory=False"),
+    *("topk:share=0.1", "loco4"),
+    *("mbtc:nmse=0.5", "mbtc:bits=1.5,memory=False", "mbtc:bits=2.0,joint=off,lattice=e8"),
 )
 CLIENTS = (3, 7, 11, 20)
 

@@ -19,6 +19,7 @@ from commrt.federated.mbtc.requests import read_request
 from commrt.federated.mbtc.side import History, Sources
 from commrt.federated.uplink import Client
 from commrt.federated.wire import Kind, seal, unseal
+from commrt.ops.dither import SECOND_MOMENT
 
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
@@ -71,7 +72,7 @@ class MbtcClient(Client):
         if not chosen:
             assert told.tables is not None
             tables = told.tables
-        how = coding.coding(self._layout, sources, coefficients, tables, step, dither)
+        how = coding.coding(self._codec, self._layout, sources, coefficients, tables, step, dither)
         codes = self._quantised(how, update)
         if chosen:
             tables = self._own_tables(how, codes)
@@ -140,12 +141,13 @@ class MbtcClient(Client):
         if nmse is None:
             assert bits is not None
             nmse = 2 * 4.0**-bits
-        return max(coding.LEAST_STEP, math.sqrt(energy * nmse / side.ROUNDING))
+        return max(coding.LEAST_STEP, math.sqrt(energy * nmse / SECOND_MOMENT[self._codec.lattice]))
 
     def _own_tables(self, how: Coding, codes: Tensor) -> Tensor:
         """One table for each group, whatever the class."""
+        whole, contexts = how.scalar(codes)
         counts = [
-            count_codes(group.of(codes), group.of(how.contexts) % NUM_PHASES, 1)
+            count_codes(group.of(whole), group.of(contexts) % NUM_PHASES, 1)
             for group in self._layout.groups
         ]
         return fit_rows(torch.cat(counts))[:, None].expand(-1, NUM_CLASSES).contiguous()
@@ -180,7 +182,7 @@ class MbtcClient(Client):
 
     def _alone(self, told: Parameters, codes: Tensor, how: Coding) -> bytes:
         parts = coding.coded_alone(self._layout, told.planes, self._codec.block)
-        return encode_codes(coding.gather(codes, parts), coding.gather(how.rows, parts))
+        return how.encode(codes, parts)
 
     def _context(self, round_index: int, sources: Sources | None = None) -> bytes:
         known = () if sources is None else coding.states(sources)

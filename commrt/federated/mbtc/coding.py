@@ -6,7 +6,8 @@ The body of a payload, in little endian::
     chosen         4 + 2 a group    if so: the step, fp32, and the first row / 16 of each table
     coefficients   a byte each      of each group, for each source there is
     cosets         a section each   of the groups that have planes, see mbtc/planes.py
-    codes          the rest         of what is coded alone, see commrt/codecs/entropy.py
+    codes          the rest         of what is coded alone, see commrt/codecs/entropy.py;
+                                    of points of E8, commrt/codecs/points.py
 """
 
 import zlib
@@ -19,11 +20,15 @@ from torch import Tensor
 from commrt import ops
 from commrt.codecs.base import derive_seed
 from commrt.codecs.code_tables import NUM_PHASES
+from commrt.codecs.entropy import decode_codes, encode_codes
+from commrt.codecs.points import Scales, decode_points, encode_points, scalar_codes
+from commrt.errors import WireFormatError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import side
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Plane
 from commrt.federated.mbtc.planes import num_blocks
 from commrt.federated.mbtc.side import Coefficients, Sources
+from commrt.ops.dither import DIMENSION, NAN_CODE, SECOND_MOMENT
 
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
@@ -39,13 +44,16 @@ class Coding(NamedTuple):
     """How one update is coded.
 
     Attributes:
+        lattice: ``"z"`` or ``"e8"``, whose codes are a whole number of points.
         step: Of the quantizer.
         seed: Of the dither.
         predicted: fp32 (N,).
-        contexts: int16 (N,), the class of each element's scale, times 16, plus its dither's phase.
-        rows: int16 (N,), of the tables that the codes have.
+        contexts: int16 (N,), the class of each element's scale, times 16, plus the phase that its
+            dither has on the integers.
+        rows: int16 (N,), of the tables that the contexts have.
     """
 
+    lattice: str
     step: float
     seed: int
     predicted: Tensor
@@ -55,26 +63,83 @@ class Coding(NamedTuple):
     @property
     def noise(self) -> float:
         """Variance of the quantizer's error, an element."""
-        return self.step**2 * side.ROUNDING
+        return self.step**2 * SECOND_MOMENT[self.lattice]
 
     def quantise(self, update: Tensor) -> Tensor:
-        """Codes of an update, int16 (N,)."""
-        codes = torch.empty(update.shape, dtype=torch.int16, device=update.device)
-        ops.dither_quantise(update, self.predicted, codes, self.step, self.seed)
+        """Codes of an update, int16 (N,), with zeros behind it that fill the last point."""
+        update, predicted = self._filled(update), self._filled(self.predicted)
+        codes = torch.empty(update.shape, dtype=torch.int16)
+        ops.dither_quantise(update, predicted, codes, self.step, self.seed, lattice=self.lattice)
         return codes
 
     def dequantise(self, codes: Tensor) -> Tensor:
         """What is decoded of codes, fp32 (N,)."""
-        update = torch.empty(codes.shape, device=codes.device)
-        ops.dither_dequantise(codes, self.predicted, update, self.step, self.seed)
-        return update
+        update = torch.empty(codes.shape)
+        predicted = self._filled(self.predicted)
+        ops.dither_dequantise(codes, predicted, update, self.step, self.seed, lattice=self.lattice)
+        return update[: self.predicted.numel()]
 
     def remember(self, decoded: Tensor) -> Tensor:
         """What is kept of a decoded update for the next prediction, bf16 (N,)."""
         return side.shrink_(decoded.clone(), self.predicted, self.rows).bfloat16()
 
+    def scalar(self, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and contexts, int16 (N,), as a scalar quantizer has them, to learn tables from."""
+        if self.lattice == "z":
+            return codes, self.contexts
+        whole, phases = scalar_codes(codes, self._dither(codes))
+        size = self.predicted.numel()
+        return whole[:size], self.contexts - self.contexts % NUM_PHASES + phases[:size]
+
+    def encode(self, codes: Tensor, parts: Sequence[slice]) -> bytes:
+        """The payload of parts of the codes; of points, all."""
+        if self.lattice == "z":
+            return encode_codes(gather(codes, parts), gather(self.rows, parts))
+        return encode_points(codes, self._scales(codes))
+
+    def decode(self, payload: bytes, parts: Sequence[slice]) -> Tensor:
+        """Codes, zeros but for the parts.
+
+        Raises:
+            WireFormatError: They cannot be decoded.
+        """
+        codes = torch.zeros_like(self._filled(self.rows))
+        if self.lattice == "e8":
+            return decode_points(payload, self._scales(codes))
+        found = read_codes(payload, gather(self.rows, parts))
+        sizes = [part.stop - part.start for part in parts]
+        for part, some in zip(parts, found.split(sizes), strict=True):
+            codes[part] = some
+        return codes
+
+    def _filled(self, flat: Tensor) -> Tensor:
+        lacking = -flat.numel() % DIMENSION[self.lattice]
+        return torch.cat([flat, flat.new_zeros(lacking)]) if lacking else flat
+
+    def _dither(self, codes: Tensor) -> Tensor:
+        undithered = torch.empty(codes.shape)
+        zeros = torch.zeros_like(codes)
+        ops.dither_dequantise(zeros, None, undithered, 1.0, self.seed, lattice=self.lattice)
+        return undithered.neg_()
+
+    def _scales(self, codes: Tensor) -> Scales:
+        return Scales(self._dither(codes), self._filled(self.rows - self.contexts % NUM_PHASES))
+
+
+def read_codes(payload: bytes, rows: Tensor) -> Tensor:
+    """Codes of these rows, int16 (N,), none of which stands for what is no number.
+
+    Raises:
+        WireFormatError: They cannot be decoded.
+    """
+    codes = decode_codes(payload, rows, rows.numel())
+    if bool((codes == NAN_CODE).any()):
+        raise WireFormatError(f"a code of {NAN_CODE}, which no number has")
+    return codes
+
 
 def coding(
+    codec: "Mbtc",
     layout: Layout,
     sources: Sources,
     coefficients: Sequence[Coefficients],
@@ -87,7 +152,8 @@ def coding(
     for group, each in zip(layout.groups, coefficients, strict=True):
         side.predict(each, sources.of(group), group.of(predicted))
     contexts = _contexts(layout, side.energies(layout, sources), step, seed)
-    return Coding(step, seed, predicted, contexts, rows_of(layout, contexts, tables))
+    rows = rows_of(layout, contexts, tables)
+    return Coding(codec.lattice, step, seed, predicted, contexts, rows)
 
 
 def rows_of(layout: Layout, contexts: Tensor, tables: Tensor) -> Tensor:

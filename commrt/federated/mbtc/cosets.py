@@ -201,8 +201,9 @@ class Cosets:
         for index, (record, group) in enumerate(
             zip(self._records, self._layout.groups, strict=True)
         ):
-            alone = {p: self._bits_alone(group, received[p], codes[p]) for p in places}
-            record.bits_alone = sum(alone.values()) / len(alone)
+            if self._codec.joint != "off":
+                alone = {p: self._bits_alone(group, received[p], codes[p]) for p in places}
+                record.bits_alone = sum(alone.values()) / len(alone)
             self.covariances[index].update(clients, group.of(residuals).numpy(), noise)
             limits += group.numel * np.array(_limits(self._covariance(index, clients), noise))
             running = self._running.get(index)

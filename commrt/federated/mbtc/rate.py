@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from commrt.federated.mbtc.coding import LEAST_STEP, MOST_STEP
-from commrt.federated.mbtc.side import ROUNDING
+from commrt.ops.dither import SECOND_MOMENT
 
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
@@ -57,7 +57,9 @@ class StepControl:
         self._mean = Coded(math.exp(sum(logs) / len(logs)), sum(bits) / len(bits))
         self._coded |= coded
         if self._codec.nmse is not None:
-            step = math.sqrt(max(energy, 0.0) * self._codec.nmse / ROUNDING)
+            step = math.sqrt(
+                max(energy, 0.0) * self._codec.nmse / SECOND_MOMENT[self._codec.lattice]
+            )
             self.step = min(max(step, LEAST_STEP), MOST_STEP)
         else:
             assert self._codec.bits is not None

@@ -1,13 +1,12 @@
 """What comes from a client, taken apart."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from commrt.codecs.code_tables import NUM_ROWS
-from commrt.codecs.entropy import decode_codes
 from commrt.errors import WireFormatError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, side
@@ -18,7 +17,9 @@ from commrt.federated.mbtc.planes import Blocks
 from commrt.federated.mbtc.requests import Wanted
 from commrt.federated.mbtc.side import Sources
 from commrt.federated.wire import HEAD_BYTES, Reader
-from commrt.ops.dither import NAN_CODE
+
+if TYPE_CHECKING:
+    from commrt.federated.mbtc.spec import Mbtc
 
 
 class Received(NamedTuple):
@@ -27,7 +28,7 @@ class Received(NamedTuple):
     Attributes:
         how: How it was coded.
         sources: What it was predicted from.
-        alone: int16 (N,), the codes that were coded alone.
+        alone: int16 (N,), the codes that were coded alone, and what fills the last point.
         blocks: The cosets of each group.
     """
 
@@ -64,14 +65,14 @@ def flags_of(payload: bytes) -> int:
 
 
 def read_update(
-    body: bytes, layout: Layout, block: int, told: Parameters, sources: Sources, seed: int
+    body: bytes, codec: "Mbtc", layout: Layout, told: Parameters, sources: Sources, seed: int
 ) -> Received:
     """Take the body of an update apart.
 
     Args:
         body: See :mod:`commrt.federated.mbtc.coding`.
+        codec: Its lattice, and the block of its cosets.
         layout: Of the update.
-        block: Of the cosets.
         told: What the client was told.
         sources: Those that the flags name.
         seed: Of the dither.
@@ -82,17 +83,13 @@ def read_update(
     reader = Reader(body)
     step, tables = _read_head(reader, told, len(layout.groups))
     coefficients = side.unpack(reader, sources, len(layout.groups))
-    how = coding.coding(layout, sources, coefficients, tables, step, seed)
+    how = coding.coding(codec, layout, sources, coefficients, tables, step, seed)
     blocks = tuple(
-        Blocks(reader, group.numel, planes, block)
+        Blocks(reader, group.numel, planes, codec.block)
         for group, planes in zip(layout.groups, told.planes, strict=True)
     )
-    parts = coding.coded_alone(layout, told.planes, block)
-    rows = coding.gather(how.rows, parts)
-    codes = read_codes(reader.take(reader.left), rows)
-    alone = torch.zeros(layout.numel, dtype=torch.int16)
-    for part, some in zip(parts, codes.split([p.stop - p.start for p in parts]), strict=True):
-        alone[part] = some
+    parts = coding.coded_alone(layout, told.planes, codec.block)
+    alone = how.decode(reader.take(reader.left), parts)
     return Received(how, sources, alone, blocks)
 
 
@@ -113,21 +110,9 @@ def read_answer(
         begin = layout.groups[each.group].begin + each.block * size
         (num_bytes,) = reader.unpack("I")
         rows = update.how.rows[begin : begin + size]
-        taken.append(read_codes(reader.take(int(num_bytes)), rows))
+        taken.append(coding.read_codes(reader.take(int(num_bytes)), rows))
     reader.end()
     return taken
-
-
-def read_codes(payload: bytes, rows: Tensor) -> Tensor:
-    """Codes of these rows, int16 (N,), none of which stands for what is no number.
-
-    Raises:
-        WireFormatError: They cannot be decoded.
-    """
-    codes = decode_codes(payload, rows, rows.numel())
-    if bool((codes == NAN_CODE).any()):
-        raise WireFormatError(f"a code of {NAN_CODE}, which no number has")
-    return codes
 
 
 def _read_head(reader: Reader, told: Parameters, num_groups: int) -> tuple[float, Tensor]:

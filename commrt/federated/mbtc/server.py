@@ -181,7 +181,7 @@ class MbtcServer(Server):
         )
         body = unseal(Kind.UPDATE, index, payload, self._context(client, sources))
         dither = coding.dither_seed(self._seed, index, client)
-        return read_update(body, self._layout, self._codec.block, told, sources, dither)
+        return read_update(body, self._codec, self._layout, told, sources, dither)
 
     def _take_answer(self, client: int, update: Received, payload: bytes) -> None:
         wanted, index = self._asked[client], self._running().index
@@ -206,7 +206,7 @@ class MbtcServer(Server):
             if self._codec.memory:
                 self._histories[client] = History(running.index, how.remember(each.update))
             has_own = self._received[place].sources.own is not None
-            self._tables[has_own].count(codes[place], how.contexts)
+            self._tables[has_own].count(*how.scalar(codes[place]))
         for tables in self._tables.values():
             tables.close_round()
         energy = sum(energies) / len(energies)
