@@ -85,7 +85,9 @@ def gap_at_limit(bits: Tensor, llr: Tensor, entropy: float, fit: float, paths: i
     return math.nan
 
 
-def measure_plane(log2_size: int, sigma: float, plane: int, num_bits: int) -> list[dict[str, Any]]:
+def measure_plane(
+    log2_size: int, sigma: float, plane: int, all_paths: list[int], num_bits: int
+) -> list[dict[str, Any]]:
     """A row for each number of paths."""
     codes, position = sample(sigma, (num_bits >> log2_size, 1 << log2_size), seed=plane)
     llr = plane_llr(position, codes & ((1 << plane) - 1), sigma, plane)
@@ -94,7 +96,7 @@ def measure_plane(log2_size: int, sigma: float, plane: int, num_bits: int) -> li
     count = polar.bits_needed(log2_size, entropy)
     fit = count / codes.shape[1] - entropy
     rows = []
-    for paths in PATHS:
+    for paths in all_paths:
         gap = gap_at_limit(bits, llr, entropy, fit, paths)
         failures = failing(bits, llr, entropy, count, paths)
         values = (log2_size, sigma, plane, entropy, paths, gap, fit, failures)
@@ -142,6 +144,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--log2-sizes", type=int, nargs="+", default=[12, 14, 16])
+    parser.add_argument("--paths", type=int, nargs="+", default=PATHS)
     parser.add_argument("--margin", type=float, nargs="+", default=[0.0, 0.1])
     parser.add_argument("--num-bits", type=int, default=1 << 22, help="of a measurement")
     parser.add_argument("-o", "--output", type=Path, help="JSON file")
@@ -150,7 +153,7 @@ def main() -> None:
     planes, whole = [], []
     for log2_size in args.log2_sizes:
         for sigma, plane in PLANES:
-            planes += measure_plane(log2_size, sigma, plane, args.num_bits)
+            planes += measure_plane(log2_size, sigma, plane, args.paths, args.num_bits)
         for sigma in SIGMAS:
             whole += [measure_whole(log2_size, sigma, each, args.num_bits) for each in args.margin]
     fit = fitted(planes)

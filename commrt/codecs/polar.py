@@ -25,8 +25,8 @@ from commrt import ops
 from commrt.errors import ConfigError
 from commrt.ops.polar import LEAST_LOG2, MOST_LOG2
 
-NUM_BINS = 80
-BINS_AN_OCTAVE = 8
+NUM_BINS = 160
+BINS_AN_OCTAVE = 16
 LEAST_LOG2_MEAN = -5
 LEAST_MEAN = 1e-100  # so that no square of it is subnormal, which some processes flush to zero
 DEFAULT_PATHS = 4
@@ -34,12 +34,12 @@ TABLE = 4096
 MOST_LLR = 2.0**20
 MOST_SIGMA = 4.0  # in places of a plane; beyond, what is known of a bit is less than 1e-30 bits
 # bits_needed() adds GAP * 2**(-SHRINK * log2_size) * H**LOW * (1 - H)**HIGH to the entropy H.
-GAP, SHRINK, LOW, HIGH = 1.19, 0.18, 0.7, 0.85
+GAP, SHRINK, LOW, HIGH = 1.0, 0.153, 0.74, 0.86
 # A plane that saves less of a bit a bit is sent as it is; one whose blocks lack fewer bits is not.
 LEAST_SAVING = 1 / 256
 NEGLIGIBLE = 1 / 64
-# The order is best for a side that knows a little more than it does, where paths are several.
-DESIGN_ENTROPY = 0.98
+# With several paths the order is best that is made for H - DESIGN_SHIFT * H * (1 - H); measured.
+DESIGN_SHIFT = 0.125
 
 
 def unreliable_first(log2_size: int, entropy_bin: int) -> Tensor:
@@ -64,9 +64,9 @@ def unreliable_first(log2_size: int, entropy_bin: int) -> Tensor:
 def entropy_bin_of(entropy: float) -> int:
     """The bin for a plane of which the receiver lacks ``entropy`` bits a bit.
 
-    A bin is a mean of Gaussian LLRs, 2 ** (-5 + bin / 8); their variance is twice that.
+    A bin is a mean of Gaussian LLRs, 2 ** (-5 + bin / 16); their variance is twice that.
     """
-    wanted = DESIGN_ENTROPY * entropy
+    wanted = entropy - DESIGN_SHIFT * entropy * (1 - entropy)
     return min(range(NUM_BINS), key=lambda each: abs(_entropy_of_bin(each) - wanted))
 
 

@@ -59,7 +59,7 @@ def sample(log2_size: int, num_blocks: int, noise: float, seed: int) -> tuple[Te
 def code(log2_size: int, count: int) -> Tensor:
     """The u that a code for about half a bit has as known."""
     known = torch.zeros(1 << log2_size, dtype=torch.uint8)
-    known[unreliable_first(log2_size, 49)[:count]] = 1
+    known[unreliable_first(log2_size, 98)[:count]] = 1
     return known
 
 
