@@ -70,7 +70,7 @@ def failing(bits: Tensor, llr: Tensor, entropy: float, count: int, paths: int) -
     return float((decoded != bits).any(dim=1).double().mean())
 
 
-def gap_at_limit(bits: Tensor, llr: Tensor, entropy: float, fit: float, paths: int) -> float:
+def gap_at_limit(bits: Tensor, llr: Tensor, entropy: float, fit: float, paths: int) -> float | None:
     """Bits a bit beyond the entropy where 5 % fail, between the counts nearest to that."""
     num_blocks, size = bits.shape
     gap, failures = math.nan, LIMIT
@@ -82,7 +82,7 @@ def gap_at_limit(bits: Tensor, llr: Tensor, entropy: float, fit: float, paths: i
         if failures > LIMIT:
             part = math.log(LIMIT / former_failures) / math.log(failures / former_failures)
             return former_gap + part * (gap - former_gap)
-    return math.nan
+    return None
 
 
 def measure_plane(
@@ -127,7 +127,7 @@ def measure_whole(log2_size: int, sigma: float, margin: float, num_bits: int) ->
 
 def fitted(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The constants of bits_needed(): least squares of the gap's logarithm, with four paths."""
-    used = [row for row in rows if row["paths"] == polar.DEFAULT_PATHS and row["gap"] > 0]
+    used = [row for row in rows if row["paths"] == polar.DEFAULT_PATHS and row["gap"]]
     factors = [
         (1, -row["log2_size"], math.log2(row["entropy"]), math.log2(1 - row["entropy"]))
         for row in used

@@ -27,7 +27,7 @@ MOST_MODULUS = 1 << 15
 
 
 def polar_scratch(num_blocks: int, log2_size: int, paths: int = 1) -> int:
-    """The fp32 elements of scratch that :func:`polar_decode` takes: up to 6 ** a bit and path."""
+    """The fp32 elements of scratch that :func:`polar_decode` takes: 1 + 1.5 * paths a bit, or 2."""
     _check_log2("log2_size", 1 << log2_size)
     _check_paths(paths)
     return num_blocks * (1 + paths + paths // 2) << log2_size
