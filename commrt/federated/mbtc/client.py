@@ -39,7 +39,7 @@ class _Sent(NamedTuple):
 
 
 class MbtcClient(Client):
-    """See :class:`commrt.federated.mbtc.spec.Mbtc`; Source: see there."""
+    """See :class:`commrt.federated.mbtc.spec.Mbtc`."""
 
     def __init__(self, codec: "Mbtc", layout: Layout, client: int, seed: int) -> None:
         self._codec, self._layout, self._client, self._seed = codec, layout, client, seed
