@@ -334,18 +334,18 @@ def test_every_layer_waits_for_its_weights(mode):
         optimizer = AdamMini(model, 1e-2, max_grad_norm=0.5)
         if offloaded:
             offload(optimizer, mode, model=model, chunk_bytes=CHUNK, link_rate="20MB/s")
-        losses, times = [], []
+        losses, is_pending = [], []
         for step in range(4):
             tokens = torch.randint(50, (3, 5), generator=torch.Generator().manual_seed(step))
             loss = model(tokens).logsumexp(-1).mean()
             loss.backward()
-            begin = time.perf_counter()
             optimizer.step()
-            times.append(time.perf_counter() - begin)
+            if offloaded:
+                chunks = running(optimizer)
+                is_pending.append(not all(chunk.ready._future.done() for chunk in chunks))
             optimizer.zero_grad()
             losses.append(loss.item())
-        pending = not all(chunk.ready._future.done() for chunk in running(optimizer))
-        assert pending or not offloaded
+        assert any(is_pending) or not offloaded
         return losses, copy.deepcopy(model.state_dict())
 
     losses, weights = run(False)
