@@ -55,8 +55,8 @@ class MbtcClient(Client):
             ConfigError: As there; or an element is more than 32,766 steps from its prediction.
         """
         update = self._layout.check(update, "update")
-        if float(update.abs().max()) > MOST_MAGNITUDE:
-            worst = float(update.abs().max())
+        worst = float(update.abs().max())
+        if worst > MOST_MAGNITUDE:
             raise ConfigError(
                 f"update has an element of {worst:g}: must be within {MOST_MAGNITUDE:g}"
             )
@@ -171,7 +171,7 @@ class MbtcClient(Client):
         )
         if chosen is None:
             return bytes((flags,))
-        firsts = (chosen[:, 0] // 16).tolist()
+        firsts = (chosen[:, 0] // NUM_PHASES).tolist()
         return struct.pack(f"<Bf{len(firsts)}H", flags, step, *firsts)
 
     def _cosets(self, told: Parameters, codes: Tensor) -> bytes:

@@ -80,7 +80,9 @@ class Parameters:
         flags, step, history = reader.unpack("BfH")
         if not 0 <= step < float("inf"):
             raise WireFormatError(f"a step of {step}")
-        tables = _read_tables(reader, num_groups) if int(flags) & HAS_TABLES else None
+        tables: Tensor | None = None
+        if int(flags) & HAS_TABLES:
+            tables = read_firsts(reader, num_groups * NUM_CLASSES).view(num_groups, NUM_CLASSES)
         planes: tuple[tuple[Plane, ...], ...] = ((),) * num_groups
         if int(flags) & HAS_PLANES:
             planes = tuple(_read_planes(reader, block) for _ in range(num_groups))
@@ -94,12 +96,16 @@ class Parameters:
         )
 
 
-def _read_tables(reader: Reader, num_groups: int) -> Tensor:
-    count = num_groups * NUM_CLASSES
+def read_firsts(reader: Reader, count: int) -> Tensor:
+    """The first rows of so many tables, int16 (count,).
+
+    Raises:
+        WireFormatError: There are fewer, or a row that there is none of.
+    """
     firsts = torch.tensor(reader.unpack(f"{count}H"), dtype=torch.int32) * NUM_PHASES
     if int(firsts.max()) >= NUM_ROWS:
         raise WireFormatError(f"a table of row {int(firsts.max())}: there are {NUM_ROWS}")
-    return firsts.to(torch.int16).view(num_groups, NUM_CLASSES)
+    return firsts.to(torch.int16)
 
 
 def _read_planes(reader: Reader, block: int) -> tuple[Plane, ...]:

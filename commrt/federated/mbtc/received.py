@@ -3,16 +3,14 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import torch
 from torch import Tensor
 
-from commrt.codecs.code_tables import NUM_ROWS
 from commrt.errors import WireFormatError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, side
 from commrt.federated.mbtc.coding import Coding
 from commrt.federated.mbtc.combine import Decoded
-from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters
+from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters, read_firsts
 from commrt.federated.mbtc.planes import Blocks
 from commrt.federated.mbtc.requests import Wanted
 from commrt.federated.mbtc.side import Sources
@@ -122,10 +120,8 @@ def _read_head(reader: Reader, told: Parameters, num_groups: int) -> tuple[float
         if told.tables is None or not told.step:
             raise WireFormatError("an update with no step and tables, of which none were told")
         return told.step, told.tables
-    step, *numbers = reader.unpack(f"f{num_groups}H")
+    (step,) = reader.unpack("f")
     if not coding.LEAST_STEP <= step <= coding.MOST_STEP:
         raise WireFormatError(f"a step of {step}")
-    firsts = torch.tensor(numbers, dtype=torch.int32) * 16
-    if int(firsts.max()) >= NUM_ROWS:
-        raise WireFormatError(f"a table of row {int(firsts.max())}: there are {NUM_ROWS}")
-    return float(step), firsts.to(torch.int16)[:, None].expand(-1, NUM_CLASSES).contiguous()
+    firsts = read_firsts(reader, num_groups)
+    return float(step), firsts[:, None].expand(-1, NUM_CLASSES).contiguous()
