@@ -1,9 +1,12 @@
 """A round at the server: who was asked, what weighs how much, and the bytes of it."""
 
+import dataclasses
 import operator
+import struct
 from collections.abc import Mapping, Sequence
 
 from commrt.errors import ConfigError, StateError
+from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Server, Traffic
 
 
@@ -57,12 +60,30 @@ class Round:
 
     @property
     def traffic(self) -> Traffic:
-        """The bytes so far."""
+        """The bytes so far, of this peer."""
         return Traffic(
             uplink_bytes=sum(self._uplink_bytes.values()),
             answer_bytes=self._answer_bytes,
             downlink_bytes=self._downlink_bytes,
         )
+
+    def gathered(
+        self, peers: Peers, arrived: Mapping[int, float]
+    ) -> tuple[dict[int, float], Traffic]:
+        """What arrived at all peers, in the order of clients, and the round's bytes.
+
+        Args:
+            peers: All that have this round.
+            arrived: Of each client whose update is here, a number.
+        """
+        own = struct.pack("<q", sum(self._uplink_bytes.values()))
+        own += b"".join(struct.pack("<qd", *each) for each in arrived.items())
+        found, uplink_bytes = dict[int, float](), 0
+        for part in peers.all_gather(own):
+            uplink_bytes += struct.unpack_from("<q", part)[0]
+            found.update(struct.iter_unpack("<qd", part[8:]))
+        traffic = dataclasses.replace(self.traffic, uplink_bytes=uplink_bytes)
+        return dict(sorted(found.items())), traffic
 
     def shares(self, clients: Sequence[int]) -> list[float]:
         """The weights of ``clients``, made to add up to one.
@@ -77,10 +98,20 @@ class Round:
 
 
 class RoundServer(Server):
-    """A server that has one round at a time."""
+    """A server that has one round at a time.
 
-    def __init__(self) -> None:
+    Args:
+        peers: Those that it is shared by.
+    """
+
+    def __init__(self, peers: Peers = ALONE) -> None:
         self._round: Round | None = None
+        self._peers = peers
+        self.is_shared = peers.size > 1
+
+    def home(self, client: int) -> int:
+        """See :meth:`Server.home`."""
+        return (client + 1) % self._peers.size
 
     def _running(self) -> Round:
         if self._round is None:

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from commrt.codecs import derive_seed
 from commrt.errors import ConfigError, StateError, WireFormatError
 from commrt.federated.cohort import Round, RoundServer
 from commrt.federated.layout import Layout
+from commrt.federated.mean import ExactMean
+from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Aggregate, Client, Uplink
 from commrt.federated.vector import Draw, VectorCodec
 from commrt.federated.wire import Kind, Reader, context_of, seal, unseal, varint
@@ -38,9 +39,9 @@ class IndependentUplink(Uplink):
         """See :meth:`Uplink.client`."""
         return IndependentClient(_Ends(self.codec, layout, seed), client)
 
-    def server(self, layout: Layout, *, seed: int = 0) -> "IndependentServer":
+    def server(self, layout: Layout, *, seed: int = 0, peers: Peers = ALONE) -> "IndependentServer":
         """See :meth:`Uplink.server`."""
-        return IndependentServer(_Ends(self.codec, layout, seed))
+        return IndependentServer(_Ends(self.codec, layout, seed), peers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,8 +146,8 @@ class IndependentClient(Client):
 class IndependentServer(RoundServer):
     """A server that decodes what comes as it comes."""
 
-    def __init__(self, ends: _Ends) -> None:
-        super().__init__()
+    def __init__(self, ends: _Ends, peers: Peers) -> None:
+        super().__init__(peers)
         self._ends = ends
         self._updates: dict[int, Tensor] = {}
 
@@ -188,9 +189,13 @@ class IndependentServer(RoundServer):
     def finish(self) -> Aggregate:
         """See :meth:`Server.finish`."""
         running, self._round = self._running(), None
-        clients = sorted(self._updates)
-        mean = torch.zeros(self._ends.layout.numel)
-        for share, client in zip(running.shares(clients), clients, strict=True):
-            mean.add_(self._updates[client].mul(share))
+        here = {client: float(update.abs().max()) for client, update in self._updates.items()}
+        arrived, traffic = running.gathered(self._peers, here)
+        shares = dict(zip(arrived, running.shares(tuple(arrived)), strict=True))
+        largest = max(share * arrived[client] for client, share in shares.items())
+        mean = ExactMean(self._ends.layout.numel, largest, len(arrived))
+        for client, update in self._updates.items():
+            mean.add(update, shares[client])
+        self._peers.sum_(mean.total)
         self._updates = {}
-        return Aggregate(mean=mean, traffic=running.traffic, clients=tuple(clients), report={})
+        return Aggregate(mean=mean.mean(), traffic=traffic, clients=tuple(arrived), report={})

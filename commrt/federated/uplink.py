@@ -9,6 +9,7 @@ from torch import Tensor
 
 from commrt.errors import ConfigError
 from commrt.federated.layout import Layout
+from commrt.federated.peers import ALONE, Peers
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +101,21 @@ class Server(abc.ABC):
 
     A round is: :meth:`begin`; :meth:`receive` for what comes; :meth:`requests`, and ``receive`` for
     the answers, as often as there is time for; :meth:`finish`.
+
+    Where it is shared by peers, all of them begin and finish together, with the same arguments and
+    results, and each receives what comes from the clients that it is home to. Where it is not, only
+    the first peer may use it.
+
+    Attributes:
+        is_shared: Whether every peer decodes a part of the updates.
     """
+
+    is_shared = False
+
+    def home(self, client: int) -> int:
+        """The peer that decodes a client's updates."""
+        del client
+        return 0
 
     @abc.abstractmethod
     def begin(
@@ -148,9 +163,12 @@ class Server(abc.ABC):
         """What the server remembers from round to round."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned."""
-        if state:
+    def load_state_dict(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned, on the first peer and on the others.
+
+        There may be another number of peers now.
+        """
+        if any((state, *others)):
             raise ConfigError(f"state has {sorted(state)}: this codec's server remembers nothing")
 
 
@@ -173,5 +191,11 @@ class Uplink(abc.ABC):
         """
 
     @abc.abstractmethod
-    def server(self, layout: Layout, *, seed: int = 0) -> Server:
-        """The server's end, for updates of ``layout`` and clients with the same ``seed``."""
+    def server(self, layout: Layout, *, seed: int = 0, peers: Peers = ALONE) -> Server:
+        """The server's end, for updates of ``layout`` and clients with the same ``seed``.
+
+        Args:
+            layout: Of the updates.
+            seed: As the clients have.
+            peers: Machines to decode on, each of which makes such a server; see :class:`Server`.
+        """

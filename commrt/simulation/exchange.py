@@ -2,7 +2,7 @@
 
 import abc
 import statistics
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ Answers = Callable[[Mapping[int, bytes] | None], dict[int, bytes] | None]
 
 
 class Exchange(abc.ABC):
-    """Payloads at the first rank, from when they are encoded to when they are decoded or lost.
+    """Payloads where they are decoded: from when they are encoded until they are used or lost.
+
+    Ranks: all call all of it, together.
 
     Attributes:
         has_rounds: Whether clients predict from the mean of the round before.
@@ -32,11 +34,18 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def begin(self, step: Start, previous: Tensor | None) -> dict[int, bytes]:
-        """What clients are told; at the first rank only."""
+        """What clients are told."""
 
-    def keep(self, payloads: Mapping[int, bytes]) -> None:
-        """Take what clients have encoded."""
-        self._payloads |= payloads
+    def send(self, payloads: Mapping[int, bytes]) -> dict[int, int]:
+        """Take what this rank's clients have encoded; the sizes of all that was."""
+        found, sizes = self._ranks.deliver(payloads, self.home)
+        self._payloads |= found
+        return sizes
+
+    def home(self, client: int) -> int:
+        """The rank that decodes a client's updates."""
+        del client
+        return 0
 
     def drop(self, clients: Iterable[int]) -> None:
         """What these sent never arrives, or too late."""
@@ -45,18 +54,20 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, step: Aggregate, answers: Answers) -> Tensor:
-        """The sum of weighted updates, fp32 (N,); anything on other ranks than the first.
-
-        Ranks: all, since clients of all ranks may be asked.
-        """
+        """The sum of weighted updates, fp32 (N,)."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What there is between steps, at the first rank."""
+        """What this rank has between steps."""
         return {"payloads": dict(self._payloads)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
-        self._payloads = dict(state["payloads"]) if self._ranks.is_root else {}
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on from what :meth:`state_dict` was on each rank, of which there may be others now."""
+        self._payloads = {
+            client: payload
+            for state in states
+            for client, payload in state["payloads"].items()
+            if self.home(client) == self._ranks.rank
+        }
 
 
 class Rounds(Exchange):
@@ -76,43 +87,55 @@ class Rounds(Exchange):
         self, uplink: Uplink, layout: Layout, seed: int, ranks: Ranks, shares: Mapping[int, float]
     ) -> None:
         super().__init__(uplink, layout, seed, ranks)
-        self._server = uplink.server(layout, seed=seed)
+        self._server = uplink.server(layout, seed=seed, peers=ranks)
         self._shares = shares
+
+    def home(self, client: int) -> int:
+        """See :meth:`Exchange.home`."""
+        return self._server.home(client)
 
     def begin(self, step: Start, previous: Tensor | None) -> dict[int, bytes]:
         """See :meth:`Exchange.begin`."""
         self._payloads = {}
         weights = {client: self._shares[client] for client in step.clients}
-        return self._server.begin(step.index, step.clients, weights=weights, previous=previous)
+        if not (self._server.is_shared or self._ranks.is_root):
+            return self._ranks.broadcast(None)
+        frames = self._server.begin(step.index, step.clients, weights=weights, previous=previous)
+        return frames if self._server.is_shared else self._ranks.broadcast(frames)
 
     def decode(self, step: Aggregate, answers: Answers) -> Tensor:
         """See :meth:`Exchange.decode`."""
-        is_root = self._ranks.is_root
-        if is_root:
-            for update in step.updates:
-                self._server.receive(update.client, self._payloads[update.client])
+        for update in step.updates:
+            if self.home(update.client) == self._ranks.rank:
+                self._server.receive(update.client, self._payloads.pop(update.client))
+        if self._server.is_shared:
+            return self._finish(0)
         asked = set[int]()
-        while (found := answers(self._server.requests() if is_root else None)) is not None:
+        while (
+            found := answers(self._server.requests() if self._ranks.is_root else None)
+        ) is not None:
             asked |= found.keys()
             for client, payload in found.items():
                 self._server.receive(client, payload)
-        if not is_root:
-            return torch.empty(self._layout.numel)
+        mean = self._finish(len(asked)) if self._ranks.is_root else torch.empty(self._layout.numel)
+        self._ranks.broadcast_(mean)
+        return mean
+
+    def _finish(self, asked: int) -> Tensor:
         aggregate = self._server.finish()
         self._payloads = {}
         self.figures = {"bits": aggregate.bits, **vars(aggregate.traffic), **aggregate.report}
-        self.figures["asked_clients"] = float(len(asked))
+        self.figures["asked_clients"] = float(asked)
         return aggregate.mean
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Exchange.state_dict`."""
         return {**super().state_dict(), "server": self._server.state_dict()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Exchange.load_state_dict`."""
-        super().load_state_dict(state)
-        if self._ranks.is_root:
-            self._server.load_state_dict(state["server"])
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """See :meth:`Exchange.load_state_dicts`."""
+        super().load_state_dicts(states)
+        self._server.load_state_dict(*(state["server"] for state in states))
 
 
 class Singles(Exchange):
@@ -129,14 +152,19 @@ class Singles(Exchange):
         frames = dict[int, bytes]()
         for client in step.clients:
             self._begun[client] = step.index
-            frames |= self._begin(client)[1]
-        return frames
+            if self._ranks.is_root:
+                frames |= self._begin(client)[1]
+        return self._ranks.broadcast(frames)
 
     def decode(self, step: Aggregate, answers: Answers) -> Tensor:
         """See :meth:`Exchange.decode`."""
         total = torch.zeros(self._layout.numel)
-        if not self._ranks.is_root:
-            return total
+        if self._ranks.is_root:
+            self._decode_(total, step)
+        self._ranks.broadcast_(total)
+        return total
+
+    def _decode_(self, total: Tensor, step: Aggregate) -> None:
         sent = told = 0
         errors = list[float]()
         for update in step.updates:
@@ -153,7 +181,6 @@ class Singles(Exchange):
         self.figures = {"bits": bits, "uplink_bytes": float(sent), "downlink_bytes": float(told)}
         if errors:
             self.figures["nmse"] = statistics.fmean(errors)
-        return total
 
     def _begin(self, client: int) -> tuple[Server, dict[int, bytes]]:
         server = self._uplink.server(self._layout, seed=self._seed)
@@ -163,7 +190,7 @@ class Singles(Exchange):
         """See :meth:`Exchange.state_dict`."""
         return {**super().state_dict(), "begun": dict(self._begun)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """See :meth:`Exchange.load_state_dict`."""
-        super().load_state_dict(state)
-        self._begun = dict(state["begun"])
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """See :meth:`Exchange.load_state_dicts`."""
+        super().load_state_dicts(states)
+        self._begun = dict(states[0]["begun"])

@@ -119,8 +119,11 @@ class Run:
 
         Ranks: all, together.
         """
-        own = {client: each.state_dict() for client, each in self._clients.items()}
-        clients, _ = self._ranks.gather({self._ranks.rank: checkpoint.pack(own)})
+        own = {
+            "clients": {client: each.state_dict() for client, each in self._clients.items()},
+            "exchange": self._exchange.state_dict(),
+        }
+        parts, _ = self._ranks.deliver({self._ranks.rank: checkpoint.pack(own)}, lambda _: 0)
         if not self._ranks.is_root:
             return
         state = {
@@ -129,10 +132,9 @@ class Run:
             "server": self._server.state_dict(),
             "models": self._models,
             "previous": self._previous,
-            "exchange": self._exchange.state_dict(),
             "lost": self._lost,
             "privacy": self._privacy.state_dict(),
-            "clients": clients,
+            "ranks": [parts[rank] for rank in range(self._ranks.size)],
         }
         checkpoint.write(folder, state)
 
@@ -151,22 +153,20 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         self._server.load_state_dict(state["server"])
         self._models, self._previous = dict(state["models"]), state["previous"]
-        self._exchange.load_state_dict(state["exchange"])
+        parts = [checkpoint.unpack(packed) for packed in state["ranks"]]
+        self._exchange.load_state_dicts([part["exchange"] for part in parts])
         self._lost = state["lost"]
         self._privacy.load_state_dict(state["privacy"])
         self._clients = {}
-        for packed in state["clients"].values():
-            states = checkpoint.unpack(packed)
-            for client in self._ranks.own(states):
-                self._client(client).load_state_dict(states[client])
+        for part in parts:
+            for client in self._ranks.own(part["clients"]):
+                self._client(client).load_state_dict(part["clients"][client])
 
     # -- steps ------------------------------------------------------------------------------------
 
     def _start(self, step: Start) -> None:
-        """Train, encode, and send to the first rank."""
-        told = self._ranks.broadcast(
-            self._exchange.begin(step, self._previous) if self._ranks.is_root else None
-        )
+        """Train, encode, and send to where it is decoded."""
+        told = self._exchange.begin(step, self._previous)
         own = self._ranks.own(step.clients)
         updates = self.training.updates(
             self._models[step.version], own, step.index, self.config.run.seed
@@ -179,8 +179,7 @@ class Run:
                 frames[client] = self._client(client).encode(
                     step.index, update, told[client], self._previous
                 )
-        payloads, sizes = self._ranks.gather(frames)
-        self._exchange.keep(payloads)
+        sizes = self._exchange.send(frames)
         for client in step.clients:
             if client in sizes:
                 self.schedule.sent(client, sizes[client])
@@ -190,7 +189,6 @@ class Run:
     def _aggregate(self, step: Aggregate) -> Row:
         """Decode what arrived, and make a new model of it."""
         mean = self._exchange.decode(step, self._answers)
-        self._ranks.broadcast_(mean)
         if step.mixes:
             [update] = step.updates
             moved = self._models[update.version] + mean - self.weights
@@ -217,7 +215,7 @@ class Run:
         own = {
             client: self._client(client).answer(asked[client]) for client in self._ranks.own(asked)
         }
-        return self._ranks.gather(own)[0]
+        return self._ranks.deliver(own, self._exchange.home)[0]
 
     def _keep(self, version: int, out: Path | None) -> None:
         every = self.config.run.checkpoint_every

@@ -4,7 +4,7 @@ Everything is bytes of a known size; a payload travels as it is.
 """
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,17 @@ class Ranks:
         if self._comm is not None:
             self._broadcast(flat.view(-1).view(torch.uint8).numpy())
 
-    def gather(self, frames: Mapping[int, bytes]) -> tuple[dict[int, bytes], dict[int, int]]:
-        """What all ranks have from clients.
+    def deliver(
+        self, frames: Mapping[int, bytes], home: Callable[[int], int]
+    ) -> tuple[dict[int, bytes], dict[int, int]]:
+        """Send what this rank has from clients to where it is used.
+
+        Args:
+            frames: By client.
+            home: The rank that a client's goes to.
 
         Returns:
-            At the root the frames, elsewhere none; and on every rank the size of each.
+            What came here, and the size of each client's.
         """
         if self._comm is None:
             return dict(frames), {client: len(frame) for client, frame in frames.items()}
@@ -75,15 +81,33 @@ class Ranks:
         counts = self._counts(len(frames))
         sizes: Integers = np.zeros((int(counts.sum()), 2), dtype=np.int64)
         self._comm.Allgatherv(own, (sizes, 2 * counts))
-        data = np.frombuffer(b"".join(frames.values()), dtype=np.uint8)
-        totals = self._counts(len(data))
-        if totals.sum() >= _PIECE:
-            found = self._gather_large(data, totals)
-        else:
-            found = np.zeros(int(totals.sum()) if self.is_root else 0, dtype=np.uint8)
-            self._comm.Gatherv(data, (found, totals) if self.is_root else None)
-        told = {int(client): int(size) for client, size in sizes}
-        return (_cut(sizes, found) if self.is_root else {}), told
+        homes = np.array([home(int(client)) for client in sizes[:, 0]], dtype=np.int64)
+        senders = np.repeat(np.arange(self.size), counts)
+        parts = [
+            b"".join(frame for client, frame in frames.items() if home(client) == rank)
+            for rank in range(self.size)
+        ]
+        here = homes == self.rank
+        totals = [int(sizes[here & (senders == rank), 1].sum()) for rank in range(self.size)]
+        found = _cut(sizes[here], self._all_to_all(parts, totals))
+        return found, {int(client): int(size) for client, size in sizes}
+
+    def all_gather(self, part: bytes) -> list[bytes]:
+        """What every rank gives, by rank."""
+        if self._comm is None:
+            return [part]
+        totals = self._counts(len(part))
+        joined = self._all_to_all([part] * self.size, totals.tolist())
+        ends = np.cumsum(totals)
+        return [joined[end - size : end].tobytes() for size, end in zip(totals, ends, strict=True)]
+
+    def sum_(self, flat: Tensor) -> None:
+        """Replace a contiguous tensor of the CPU by its sum over all ranks."""
+        if self._comm is not None:
+            from mpi4py import MPI
+
+            for piece in flat.view(-1).split(_PIECE // flat.element_size()):
+                self._comm.Allreduce(MPI.IN_PLACE, piece.numpy())
 
     def abort(self) -> None:
         """End all ranks, since this one cannot go on."""
@@ -99,18 +123,36 @@ class Ranks:
         for begin in range(0, len(data), _PIECE):
             self._comm.Bcast(data[begin : begin + _PIECE])
 
-    def _gather_large(self, data: Bytes, totals: Integers) -> Bytes:
-        """Rank by rank, piece by piece."""
-        parts = [data] if self.is_root else []
-        for rank in range(1, self.size):
-            for begin in range(0, int(totals[rank]), _PIECE):
-                size = min(_PIECE, int(totals[rank]) - begin)
-                if self.rank == rank:
-                    self._comm.Send(data[begin : begin + size], dest=0)
-                elif self.is_root:
-                    parts.append(np.zeros(size, dtype=np.uint8))
-                    self._comm.Recv(parts[-1], source=rank)
-        return np.concatenate(parts) if parts else data[:0]
+    def _all_to_all(self, parts: Sequence[bytes], totals: Sequence[int]) -> Bytes:
+        """Send a part to each rank; what came, by rank, of so many bytes from each."""
+        sizes = [len(part) for part in parts]
+        data = np.frombuffer(b"".join(parts), dtype=np.uint8)
+        found = np.zeros(sum(totals), dtype=np.uint8)
+        if self._is_large(sum(sizes) + sum(totals)):
+            self._all_to_all_large(np.split(data, np.cumsum(sizes)[:-1]), found, totals)
+        else:
+            self._comm.Alltoallv((data, sizes), (found, totals))
+        return found
+
+    def _is_large(self, num_bytes: int) -> bool:
+        """Whether any rank has more than MPI can count."""
+        return bool(self._counts(num_bytes).max() >= _PIECE)
+
+    def _all_to_all_large(self, parts: list[Bytes], found: Bytes, totals: Sequence[int]) -> None:
+        """Piece by piece, from and to each rank."""
+        places = np.split(found, np.cumsum(totals)[:-1])
+        waiting = [
+            self._comm.Irecv(place[begin : begin + _PIECE], source=rank)
+            for rank, place in enumerate(places)
+            for begin in range(0, len(place), _PIECE)
+        ]
+        waiting += [
+            self._comm.Isend(part[begin : begin + _PIECE], dest=rank)
+            for rank, part in enumerate(parts)
+            for begin in range(0, len(part), _PIECE)
+        ]
+        for each in waiting:
+            each.Wait()
 
 
 def all_ranks() -> Ranks:

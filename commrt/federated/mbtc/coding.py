@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 USES_PREVIOUS, USES_OWN, CHOSEN = 1, 2, 4
 # Codes go up to 32,767 with Z, to half of that with E8, dither included.
+MOST_CODE = 1 << 15
 MOST_STEPS = {"z": 32000.0, "e8": 16000.0}
 # The lowest class has this many half octaves of energy less than a step.
 CLASSES_BELOW_STEP = 44
@@ -108,6 +109,8 @@ class Coding(NamedTuple):
         if self.lattice == "e8":
             return decode_points(payload, self._scales(codes))
         found = read_codes(payload, gather(self.rows, parts))
+        if found.numel() == codes.numel():
+            return found
         sizes = [part.stop - part.start for part in parts]
         for part, some in zip(parts, found.split(sizes), strict=True):
             codes[part] = some
@@ -175,16 +178,20 @@ def _contexts(layout: Layout, energy: Tensor | None, step: float, seed: int) -> 
 
 def coded_alone(layout: Layout, planes: Sequence[Sequence[Plane]], block: int) -> list[slice]:
     """The parts of the flat vector whose codes are not sent as cosets, in order."""
-    parts = []
+    parts = list[slice]()
     for group, each in zip(layout.groups, planes, strict=True):
         begin = group.begin + block * num_blocks(group.numel, each, block)
-        if begin < group.end:
+        if parts and parts[-1].stop == begin:
+            parts[-1] = slice(parts[-1].start, group.end)
+        elif begin < group.end:
             parts.append(slice(begin, group.end))
     return parts
 
 
 def gather(flat: Tensor, parts: Sequence[slice]) -> Tensor:
     """These parts of a vector, joined."""
+    if len(parts) == 1:
+        return flat[parts[0]]
     return torch.cat([flat[part] for part in parts]) if parts else flat[:0]
 
 

@@ -15,7 +15,8 @@ from commrt.federated.gaussian import Array, factored
 from commrt.federated.layout import Group, Layout
 from commrt.federated.limits import sum_rate
 from commrt.federated.mbtc import plan
-from commrt.federated.mbtc.combine import Decoded, lmmse_mean_
+from commrt.federated.mbtc.combine import lmmse_mean_
+from commrt.federated.mbtc.ended import Ended
 from commrt.federated.mbtc.joint import JointGroup
 from commrt.federated.mbtc.parameters import Plane
 from commrt.federated.mbtc.planes import Blocks
@@ -156,7 +157,9 @@ class Cosets:
         """What to ask a client for."""
         wanted = []
         for index in self._running:
-            blocks = received.blocks[index]
+            blocks = received.blocks.get(index)
+            if blocks is None:
+                continue
             for which in (~blocks.is_whole).nonzero()[:, 0].tolist():
                 wanted.append(Wanted(index, which, *blocks.lacking(which)))
         return wanted
@@ -171,55 +174,56 @@ class Cosets:
             blocks.replace(wanted.block, answer)
             running.bits_asked += round(self._records[wanted.group].bits_alone * blocks.block)
 
-    def refine_(
-        self,
-        mean: Tensor,
-        clients: Sequence[int],
-        decoded: Mapping[int, Decoded],
-        received: "Mapping[int, Received]",
-    ) -> float:
+    def refine_(self, mean: Tensor, shares: Sequence[float], ended: Sequence[Ended]) -> float:
         """Make ``mean`` the linear estimate of least error, unless a block is missing.
 
         Returns:
             The expected alignment, on average over all elements.
         """
-        noise = np.array([received[place].how.noise for place in decoded])
-        if not self.covariances[0].clients or any(each.missing for each in decoded.values()):
+        if not self.covariances[0].clients or any(each.missing for each in ended):
             return 1.0
+        clients, noise, residuals = _stacked(ended)
+        predicted = torch.stack([each.predicted for each in ended if each.predicted is not None])
         total = 0.0
         for index, group in enumerate(self._layout.groups):
             covariance = self._covariance(index, clients)
-            alignment = lmmse_mean_(mean, group, list(decoded.values()), covariance, noise)
+            alignment = lmmse_mean_(
+                mean, group, np.array(shares), residuals, predicted, covariance, noise
+            )
             total += alignment * group.numel
         return total / self._layout.numel
 
-    def learn(
-        self,
-        cohort: Sequence[int],
-        received: "Mapping[int, Received]",
-        codes: Mapping[int, Tensor],
-        decoded: Mapping[int, Decoded],
-    ) -> dict[str, float]:
+    def bits_alone(self, update: "Received", codes: Tensor) -> tuple[float, ...]:
+        """Bits a weight that the codes of each group take without the other clients."""
+        rows = update.how.rows
+        return tuple(
+            code_length(group.of(codes), group.of(rows)) / group.numel
+            for group in self._layout.groups
+        )
+
+    def learn(self, cohort: Sequence[int], ended: Sequence[Ended]) -> dict[str, float]:
         """End the round: take what it tells for the next, and return figures of it."""
         figures = {
             "joint_groups": float(len(self._running)),
-            "missing_blocks": float(sum(len(each.missing) for each in decoded.values())),
+            "missing_blocks": float(sum(each.missing for each in ended)),
         }
         self._was_joint = bool(self._running)
         for record in self._records:
             record.rest = max(0, record.rest - 1)
         if len(cohort) > MOST_CLIENTS:
             return figures
-        places = list(decoded)
-        clients = [cohort[place] for place in places]
-        residuals = torch.stack([decoded[p].update - decoded[p].predicted for p in places])
-        noise = np.array([received[place].how.noise for place in places])
+        clients, noise, residuals = _stacked(ended)
+        places = [cohort.index(client) for client in clients]
         limits = np.zeros(2)
         for index, (record, group) in enumerate(
             zip(self._records, self._layout.groups, strict=True)
         ):
-            if self._codec.joint != "off":
-                alone = {p: self._bits_alone(group, received[p], codes[p]) for p in places}
+            alone = {
+                place: each.bits_alone[index]
+                for place, each in zip(places, ended, strict=True)
+                if each.bits_alone
+            }
+            if alone:
                 record.bits_alone = sum(alone.values()) / len(alone)
             self.covariances[index].update(clients, group.of(residuals).numpy(), noise)
             limits += group.numel * np.array(_limits(self._covariance(index, clients), noise))
@@ -278,9 +282,6 @@ class Cosets:
         """Of a group's residuals, as far as it is known; some round has ended."""
         return self.covariances[index].estimate(clients)
 
-    def _bits_alone(self, group: Group, update: "Received", codes: Tensor) -> float:
-        return code_length(group.of(codes), group.of(update.how.rows)) / group.numel
-
     def _gain(self, running: Running, group: Group, alone: Mapping[int, float]) -> float:
         """Bits a weight that cosets of a group saved to the clients that sent them."""
         sent = {
@@ -292,6 +293,18 @@ class Cosets:
             return 0.0
         saved = sum(alone[place] - bits for place, bits in sent.items())
         return (saved - running.bits_asked / group.numel) / len(sent)
+
+
+def _stacked(ended: Sequence[Ended]) -> tuple[list[int], NDArray[np.float64], Tensor]:
+    """The clients, the variances of their noises, and their residuals, fp32 (K, N)."""
+    clients = [each.client for each in ended]
+    noise = np.array([each.coded.noise for each in ended])
+    return clients, noise, torch.stack([_there(each.residual) for each in ended])
+
+
+def _there(residual: Tensor | None) -> Tensor:
+    assert residual is not None
+    return residual
 
 
 def _limits(covariance: Array, noise: NDArray[np.float64]) -> tuple[float, float]:

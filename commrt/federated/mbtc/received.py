@@ -9,7 +9,6 @@ from commrt.errors import WireFormatError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, side
 from commrt.federated.mbtc.coding import Coding
-from commrt.federated.mbtc.combine import Decoded
 from commrt.federated.mbtc.parameters import (
     LEAST_STEP,
     MOST_STEP,
@@ -33,32 +32,36 @@ class Received(NamedTuple):
         how: How it was coded.
         sources: What it was predicted from.
         alone: int16 (N,), the codes that were coded alone, and what fills the last point.
-        blocks: The cosets of each group.
+        blocks: The cosets of each group that has planes.
     """
 
     how: Coding
     sources: Sources
     alone: Tensor
-    blocks: tuple[Blocks, ...]
+    blocks: dict[int, Blocks]
+
+    @property
+    def largest(self) -> float:
+        """No element of the update is larger, whatever is decoded."""
+        return float(self.how.predicted.abs().max()) + self.how.step * (coding.MOST_CODE + 1)
 
     def codes(self, layout: Layout) -> Tensor:
         """All codes that are decoded, int16 (N,); zeros elsewhere."""
+        if not self.blocks:
+            return self.alone
         codes = self.alone.clone()
-        for group, blocks in zip(layout.groups, self.blocks, strict=True):
-            filled = group.of(codes)[: blocks.codes.numel()].view_as(blocks.codes)
+        for index, blocks in self.blocks.items():
+            part = layout.groups[index].of(codes)
+            filled = part[: blocks.codes.numel()].view_as(blocks.codes)
             filled[blocks.is_whole] = blocks.codes[blocks.is_whole]
         return codes
-
-    def decoded(self, layout: Layout, codes: Tensor, share: float) -> Decoded:
-        """The update that the codes (N,) make."""
-        return Decoded(share, self.how.dequantise(codes), self.how.predicted, self.missing(layout))
 
     def missing(self, layout: Layout) -> list[slice]:
         """The parts of the flat vector that are not decoded."""
         parts = []
-        for group, blocks in zip(layout.groups, self.blocks, strict=True):
+        for index, blocks in self.blocks.items():
             for which in (~blocks.is_whole).nonzero()[:, 0].tolist():
-                begin = group.begin + which * blocks.block
+                begin = layout.groups[index].begin + which * blocks.block
                 parts.append(slice(begin, begin + blocks.block))
         return parts
 
@@ -89,10 +92,11 @@ def read_update(
     coefficients = side.unpack(reader, sources, len(layout.groups))
     predicted = side.prediction(layout, sources, coefficients)
     how = coding.coding(codec, layout, sources, predicted, tables, step, seed)
-    blocks = tuple(
-        Blocks(reader, group.numel, planes, codec.block)
-        for group, planes in zip(layout.groups, told.planes, strict=True)
-    )
+    blocks = {
+        index: Blocks(reader, group.numel, planes, codec.block)
+        for index, (group, planes) in enumerate(zip(layout.groups, told.planes, strict=True))
+        if planes
+    }
     parts = coding.coded_alone(layout, told.planes, codec.block)
     alone = how.decode(reader.take(reader.left), parts)
     return Received(how, sources, alone, blocks)

@@ -11,19 +11,25 @@ from commrt.errors import ConfigError, StateError, WireFormatError
 from commrt.federated.cohort import Round, RoundServer
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, plan, side
-from commrt.federated.mbtc.combine import Decoded, unbiased_mean
-from commrt.federated.mbtc.cosets import Cosets
+from commrt.federated.mbtc.cosets import MOST_CLIENTS, Cosets
+from commrt.federated.mbtc.ended import Ended, gathered
 from commrt.federated.mbtc.parameters import Parameters
 from commrt.federated.mbtc.rate import MOST_BITS, Coded, Energy, RateControl
 from commrt.federated.mbtc.received import Received, flags_of, read_answer, read_update
 from commrt.federated.mbtc.requests import Wanted, write_request
 from commrt.federated.mbtc.side import History, Sources
 from commrt.federated.mbtc.tables import Tables
+from commrt.federated.mean import ExactMean
+from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Aggregate
 from commrt.federated.wire import Kind, seal, unseal
 
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
+
+# What is kept of decoded updates between receive() and finish(), and about what one takes.
+MOST_KEPT_BYTES = 1 << 28
+RECEIVED_BYTES = 10
 
 
 class _Asked(NamedTuple):
@@ -34,22 +40,29 @@ class _Asked(NamedTuple):
 
 
 class MbtcServer(RoundServer):
-    """See :class:`commrt.federated.mbtc.spec.Mbtc`."""
+    """See :class:`commrt.federated.mbtc.spec.Mbtc`.
 
-    def __init__(self, codec: "Mbtc", layout: Layout, seed: int) -> None:
-        super().__init__()
+    Of peers the first one plans rounds and learns rates; each keeps the histories of the clients
+    that it is home to.
+
+    Cost: histories, and in a round with no joint decoding the payloads; what is decoded of them is
+    kept to the round's end up to 256 MB, and beyond decoded twice.
+    """
+
+    def __init__(self, codec: "Mbtc", layout: Layout, seed: int, peers: Peers = ALONE) -> None:
+        self._may_join = codec.combine == "lmmse" or (
+            codec.joint != "off" and any(group.numel >= codec.block for group in layout.groups)
+        )
+        super().__init__(ALONE if self._may_join else peers)
         self._codec, self._layout, self._seed = codec, layout, seed
         self._histories: dict[int, History] = {}
+        self._tags: dict[int, int] = {}
         self._tables = {has_own: Tables(layout) for has_own in (False, True)}
         self._rates = RateControl(codec, layout.numel)
         self._cosets = Cosets(codec, layout)
         self._mean: Tensor | None = None
-        self._previous: Tensor | None = None
-        self._digest = 0
-        self._told: dict[int, Parameters] = {}
-        self._received: dict[int, Received] = {}
-        self._asked: dict[int, _Asked] = {}
-        self._taken: dict[int, int] = {}
+        self._most_kept = MOST_KEPT_BYTES // (RECEIVED_BYTES * layout.numel)
+        self._start_round(None, {})
 
     def begin(
         self,
@@ -74,47 +87,50 @@ class MbtcServer(RoundServer):
             ConfigError: As there; or a budget is missing or not in (0, 12].
         """
         running = Round(round_index, cohort, weights)
-        cohort = running.cohort
         if budgets is not None:
-            wrong = {c: budgets.get(c) for c in cohort if not 0 < budgets.get(c, 0) <= MOST_BITS}
+            wrong = {
+                client: budgets.get(client)
+                for client in running.cohort
+                if not 0 < budgets.get(client, 0) <= MOST_BITS
+            }
             if wrong:
                 raise ConfigError(f"budgets of clients are {wrong}: must be in (0, {MOST_BITS:g}]")
         known = self._mean if previous is None else self._layout.check(previous, "previous").clone()
-        planned = self._rates.begin(
-            cohort, running.shares(cohort), budgets, self._cosets.covariance(cohort)
-        )
-        order = plan.order_of(cohort, running.index, None if budgets is None else planned)
-        planes = self._cosets.begin(cohort, planned.steps, order)
-        fitted = {has_own: tables.fit() for has_own, tables in self._tables.items()}
-        self._told = {
-            client: Parameters(
-                step=step,
-                history=self._histories[client].tag if client in self._histories else 0,
-                tables=fitted[client in self._histories],
-                planes=each,
-                has_previous=known is not None,
-            )
-            for client, each, step in zip(cohort, planes, planned.steps, strict=True)
-        }
-        self._previous, self._digest = known, side.digest(known)
-        self._round, self._received, self._asked, self._taken = running, {}, {}, {}
-        frames = {
-            client: seal(Kind.PARAMETERS, running.index, told.pack(), self._context(client))
-            for client, told in self._told.items()
-        }
+        told, frames = dict[int, Parameters](), None
+        if self._peers.rank == 0:
+            told = self._plan(running, budgets, has_previous=known is not None)
+            frames = {
+                client: seal(
+                    Kind.PARAMETERS, running.index, each.pack(), self._context(running, client)
+                )
+                for client, each in told.items()
+            }
+        frames = self._peers.broadcast(frames)
+        if self._peers.rank:
+            told = {
+                client: self._read_parameters(running, client, frame)
+                for client, frame in frames.items()
+                if self.home(client) == self._peers.rank
+            }
+        self._start_round(known, told)
+        self._round = running
         return running.sent(frames)
 
     def receive(self, client: int, payload: bytes) -> None:
         """See :meth:`Server.receive`."""
         running = self._running()
         place = running.place(client)
-        running.came(client, payload, is_answer=place in self._received)
+        running.came(client, payload, is_answer=client in self._payloads)
         if client in self._asked:
-            self._take_answer(client, self._received[place], payload)
-        elif place in self._received:
+            self._take_answer(running, client, self._received[place], payload)
+        elif client in self._payloads:
             raise WireFormatError(f"client {client} has sent its update of this round before")
         else:
-            self._received[place] = self._read(client, payload)
+            update = self._read(running, client, payload)
+            self._largest[client] = update.largest
+            self._payloads[client] = payload
+            if self._may_join or len(self._received) < self._most_kept:
+                self._received[place] = update
         self._taken[client] = self._taken.get(client, 0) + len(payload)
 
     def requests(self) -> dict[int, bytes]:
@@ -122,38 +138,50 @@ class MbtcServer(RoundServer):
         running = self._running()
         self._cosets.decode(self._received)
         frames = {}
-        self._asked = {}
+        self._asked.clear()
         for place, update in self._received.items():
             client = running.cohort[place]
             wanted = self._cosets.wanted(update)
             if wanted:
                 body = write_request(wanted, self._told[client].planes)
                 self._asked[client] = _Asked(wanted, zlib.crc32(body))
-                frames[client] = seal(Kind.REQUEST, running.index, body, self._context(client))
+                context = self._context(running, client)
+                frames[client] = seal(Kind.REQUEST, running.index, body, context)
         return running.sent(frames)
 
     def finish(self) -> Aggregate:
-        """See :meth:`Server.finish`."""
+        """See :meth:`Server.finish`; the first peer alone has a report."""
         running, self._round = self._running(), None
         self._cosets.decode(self._received)
-        places = sorted(self._received, key=lambda place: running.cohort[place])
-        clients = [running.cohort[place] for place in places]
-        shares = running.shares(clients)
-        codes = {place: self._received[place].codes(self._layout) for place in places}
-        decoded = {
-            place: self._received[place].decoded(self._layout, codes[place], share)
-            for place, share in zip(places, shares, strict=True)
-        }
-        mean = unbiased_mean(self._layout, list(decoded.values()))
+        arrived, traffic = running.gathered(self._peers, self._largest)
+        shares = dict(zip(arrived, running.shares(tuple(arrived)), strict=True))
+        largest = max(share * arrived[client] for client, share in shares.items())
+        mean = ExactMean(self._layout.numel, largest, len(arrived))
+        ended = [
+            self._end(running, client, share, mean)
+            for client, share in shares.items()
+            if client in self._payloads
+        ]
+        ended = gathered(self._peers, ended)
+        self._peers.sum_(mean.total)
+        for tables in self._tables.values():
+            tables.close_round(self._peers)
+        self._mean = mean.mean()
         report = {}
         if self._codec.combine == "lmmse":
-            report["alignment"] = self._cosets.refine_(mean, clients, decoded, self._received)
-        report |= self._learn(running, codes, decoded)
-        self._mean, self._received = mean.clone(), {}
-        return Aggregate(mean=mean, traffic=running.traffic, clients=tuple(clients), report=report)
+            report["alignment"] = self._cosets.refine_(self._mean, list(shares.values()), ended)
+        if self._peers.rank == 0:
+            report |= self._learn(running, shares, ended)
+        self._start_round(None, {})
+        return Aggregate(
+            mean=self._mean.clone(), traffic=traffic, clients=tuple(arrived), report=report
+        )
 
     def state_dict(self) -> dict[str, Any]:
-        """Histories, tables, rates, what was learned for joint decoding; between rounds."""
+        """Histories, tables, rates, what was learned for joint decoding; between rounds.
+
+        Of peers after the first one, only histories count.
+        """
         if self._round is not None:
             raise StateError(f"round {self._round.index} is running: finish() ends it")
         return {
@@ -164,24 +192,26 @@ class MbtcServer(RoundServer):
             "mean": self._mean,
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
         """See :meth:`Server.load_state_dict`.
 
         Raises:
             StateError: It is not one of such a server; nothing of it is taken.
         """
-        new = MbtcServer(self._codec, self._layout, self._seed)
+        new = MbtcServer(self._codec, self._layout, self._seed, self._peers)
         try:
-            new._take(state)
+            new._take(state, others)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"not a state of {self._codec.spec}: {error!r}") from error
         vars(self).update(vars(new))
 
-    def _take(self, state: Mapping[str, Any]) -> None:
-        self._histories = {
-            client: History.of({"decoded": decoded}, self._layout)
-            for client, decoded in state["histories"].items()
-        }
+    def _take(self, state: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
+        for each in (state, *others):
+            for client, decoded in each["histories"].items():
+                history = History.of({"decoded": decoded}, self._layout)
+                self._tags[client] = history.tag
+                if self.home(client) == self._peers.rank:
+                    self._histories[client] = history
         for has_own, tables in self._tables.items():
             tables.load_state_dict(state["tables"][has_own])
         self._rates.load_state_dict(state["rates"])
@@ -189,12 +219,45 @@ class MbtcServer(RoundServer):
         mean = state["mean"]
         self._mean = None if mean is None else self._layout.check(mean, "mean").clone()
 
-    def _context(self, client: int, *known: int) -> bytes:
-        index = self._running().index
-        return coding.context(self._codec, self._layout, self._seed, index, client, *known)
+    def _plan(
+        self, running: Round, budgets: Mapping[int, float] | None, *, has_previous: bool
+    ) -> dict[int, Parameters]:
+        """What each client is told."""
+        cohort = running.cohort
+        planned = self._rates.begin(
+            cohort, running.shares(cohort), budgets, self._cosets.covariance(cohort)
+        )
+        order = plan.order_of(cohort, running.index, None if budgets is None else planned)
+        planes = self._cosets.begin(cohort, planned.steps, order)
+        fitted = {has_own: tables.fit() for has_own, tables in self._tables.items()}
+        return {
+            client: Parameters(
+                step=step,
+                history=self._tags.get(client, 0),
+                tables=fitted[client in self._tags],
+                planes=each,
+                has_previous=has_previous,
+            )
+            for client, each, step in zip(cohort, planes, planned.steps, strict=True)
+        }
 
-    def _read(self, client: int, payload: bytes) -> Received:
-        told, index = self._told[client], self._running().index
+    def _start_round(self, previous: Tensor | None, told: dict[int, Parameters]) -> None:
+        self._previous, self._digest, self._told = previous, side.digest(previous), told
+        self._received: dict[int, Received] = {}
+        self._payloads: dict[int, bytes] = {}
+        self._largest: dict[int, float] = {}
+        self._asked: dict[int, _Asked] = {}
+        self._taken: dict[int, int] = {}
+
+    def _context(self, running: Round, client: int, *known: int) -> bytes:
+        return coding.context(self._codec, self._layout, self._seed, running.index, client, *known)
+
+    def _read_parameters(self, running: Round, client: int, frame: bytes) -> Parameters:
+        body = unseal(Kind.PARAMETERS, running.index, frame, self._context(running, client))
+        return Parameters.unpack(body, len(self._layout.groups), self._codec.block)
+
+    def _read(self, running: Round, client: int, payload: bytes) -> Received:
+        told = self._told[client]
         flags = flags_of(payload)
         history = self._histories.get(client) if flags & coding.USES_OWN else None
         sources = Sources(
@@ -205,45 +268,60 @@ class MbtcServer(RoundServer):
             0 if sources.previous is None else self._digest,
             0 if history is None else history.digest,
         )
-        body = unseal(Kind.UPDATE, index, payload, self._context(client, *known))
-        dither = coding.dither_seed(self._seed, index, client)
+        context = self._context(running, client, *known)
+        body = unseal(Kind.UPDATE, running.index, payload, context)
+        dither = coding.dither_seed(self._seed, running.index, client)
         return read_update(body, self._codec, self._layout, told, sources, dither)
 
-    def _take_answer(self, client: int, update: Received, payload: bytes) -> None:
+    def _take_answer(self, running: Round, client: int, update: Received, payload: bytes) -> None:
         wanted, request = self._asked[client]
-        context = self._context(client, request)
-        body = unseal(Kind.ANSWER, self._running().index, payload, context)
+        context = self._context(running, client, request)
+        body = unseal(Kind.ANSWER, running.index, payload, context)
         taken = read_answer(body, wanted, update, self._layout)
         for each, answer in zip(wanted, taken, strict=True):
             self._cosets.take(each, answer, update.blocks[each.group])
         del self._asked[client]
 
+    def _end(self, running: Round, client: int, share: float, mean: ExactMean) -> Ended:
+        """Add a client's update to the mean, and take what it tells of the client."""
+        update = self._received.get(running.place(client))
+        if update is None:
+            update = self._read(running, client, self._payloads[client])
+        how, codes, missing = update.how, update.codes(self._layout), update.missing(self._layout)
+        decoded = how.dequantise(codes)
+        mean.add(decoded, share, missing)
+        residual = decoded - how.predicted
+        energy = Energy(*(_energy(flat) - how.noise for flat in (decoded, residual)))
+        bits = 8 * self._taken[client] / self._layout.numel
+        is_small = len(running.cohort) <= MOST_CLIENTS
+        tag = 0
+        if not missing:
+            self._tables[update.sources.own is not None].count(*how.scalar(codes))
+            if self._codec.memory:
+                self._histories[client] = how.remember(decoded)
+                tag = self._histories[client].tag
+        return Ended(
+            client,
+            Coded(how.noise, bits, energy, how.step != self._told[client].step),
+            tag,
+            len(missing),
+            residual if is_small else None,
+            how.predicted if self._codec.combine == "lmmse" else None,
+            self._cosets.bits_alone(update, codes) if self._may_join else (),
+        )
+
     def _learn(
-        self, running: Round, codes: Mapping[int, Tensor], decoded: Mapping[int, Decoded]
+        self, running: Round, shares: Mapping[int, float], ended: Sequence[Ended]
     ) -> dict[str, float]:
         """Take what the round tells for the next ones; the figures of its report."""
-        coded = {}
-        for place, each in decoded.items():
-            client, how = running.cohort[place], self._received[place].how
-            energies = (
-                float(flat.double().square().mean()) - how.noise
-                for flat in (each.update, each.update - each.predicted)
-            )
-            bits = 8 * self._taken[client] / self._layout.numel
-            coded[client] = Coded(
-                how.noise, bits, Energy(*energies), how.step != self._told[client].step
-            )
-            if each.missing:
-                continue
-            if self._codec.memory:
-                self._histories[client] = how.remember(each.update)
-            has_own = self._received[place].sources.own is not None
-            self._tables[has_own].count(*how.scalar(codes[place]))
-        for tables in self._tables.values():
-            tables.close_round()
-        self._rates.learn(coded)
-        shares = {running.cohort[place]: each.share for place, each in decoded.items()}
-        noise = sum(shares[client] ** 2 * each.noise for client, each in coded.items())
-        energy = sum(shares[client] ** 2 * each.energy.update for client, each in coded.items())
-        figures = self._cosets.learn(running.cohort, self._received, codes, decoded)
+        self._tags |= {each.client: each.tag for each in ended if each.tag}
+        self._rates.learn({each.client: each.coded for each in ended})
+        noise = sum(shares[each.client] ** 2 * each.coded.noise for each in ended)
+        energy = sum(shares[each.client] ** 2 * each.coded.energy.update for each in ended)
+        figures = self._cosets.learn(running.cohort, ended)
         return {"nmse": noise / energy if energy > 0 else math.inf, **figures}
+
+
+def _energy(flat: Tensor) -> float:
+    """A weight's."""
+    return float(flat.double().square().mean())

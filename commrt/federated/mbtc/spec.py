@@ -7,6 +7,7 @@ from commrt.federated.layout import Layout
 from commrt.federated.mbtc.client import MbtcClient
 from commrt.federated.mbtc.rate import MOST_BITS
 from commrt.federated.mbtc.server import MbtcServer
+from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Uplink
 from commrt.ops.dither import LATTICES
 
@@ -95,6 +96,9 @@ class Mbtc(Uplink):
         """See :meth:`Uplink.client`."""
         return MbtcClient(self, layout, client, seed)
 
-    def server(self, layout: Layout, *, seed: int = 0) -> "MbtcServer":
-        """See :meth:`Uplink.server`."""
-        return MbtcServer(self, layout, seed)
+    def server(self, layout: Layout, *, seed: int = 0, peers: Peers = ALONE) -> "MbtcServer":
+        """See :meth:`Uplink.server`; it is shared where there can be no joint decoding.
+
+        That is, with ``combine="mean"``, and ``joint="off"`` or groups all smaller than ``block``.
+        """
+        return MbtcServer(self, layout, seed, peers)

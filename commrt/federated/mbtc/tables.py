@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,6 +11,7 @@ from commrt.codecs.code_tables import NUM_PHASES, fit_rows
 from commrt.codecs.entropy import count_codes_
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc.parameters import NUM_CLASSES
+from commrt.federated.peers import Peers
 from commrt.ops.rans import SYMBOLS
 
 NUM_CONTEXTS = NUM_CLASSES * NUM_PHASES
@@ -30,17 +32,34 @@ class Tables:
 
     def count(self, codes: Tensor, contexts: Tensor) -> None:
         """Take a client's codes, int16 (N,), and their contexts."""
-        if self._fresh is None:
-            self._fresh = torch.zeros(len(self._layout.groups), NUM_CONTEXTS * SYMBOLS).long()
-        for group, counts in zip(self._layout.groups, self._fresh, strict=True):
+        for group, counts in zip(self._layout.groups, self._counted(), strict=True):
             count_codes_(counts, group.of(codes), group.of(contexts))
 
-    def close_round(self) -> None:
-        """From now on what was counted is of the round before."""
+    def close_round(self, peers: Peers) -> None:
+        """From now on what was counted, at all peers, is of the round before.
+
+        Only the first one has the others' counts.
+        """
+        if peers.size > 1:
+            parts = peers.all_gather(_sparse(self._fresh))
+            for part in parts[1:] if peers.rank == 0 else []:
+                self._add(part)
         if self._fresh is not None:
             fresh = self._fresh.float().view(-1, NUM_CLASSES, NUM_PHASES, SYMBOLS)
             self._counts = fresh if self._counts is None else self._counts * DECAY + fresh
             self._fresh = self._rows = None
+
+    def _add(self, part: bytes) -> None:
+        """Take what :func:`_sparse` made of another's counts."""
+        where, counts = torch.from_numpy(np.frombuffer(part, np.int64).reshape(2, -1).copy())
+        if where.numel():
+            self._counted().view(-1).index_add_(0, where, counts)
+
+    def _counted(self) -> Tensor:
+        """This round's counts."""
+        if self._fresh is None:
+            self._fresh = torch.zeros(len(self._layout.groups), NUM_CONTEXTS * SYMBOLS).long()
+        return self._fresh
 
     def fit(self) -> Tensor | None:
         """The first row of each class, int16 (groups, classes); None where nothing was counted."""
@@ -60,6 +79,15 @@ class Tables:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
         self._counts, self._rows = state.get("counts"), None
+
+
+def _sparse(counts: Tensor | None) -> bytes:
+    """Where counts are not zero, and what they are there: int64 (2, n)."""
+    if counts is None:
+        return b""
+    flat = counts.view(-1)
+    where = flat.nonzero()[:, 0]
+    return torch.stack([where, flat[where]]).numpy().tobytes()
 
 
 def _rows_of(counts: Tensor) -> Tensor:

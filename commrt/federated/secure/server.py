@@ -121,12 +121,13 @@ class SecureServer(RoundServer):
         """The last mean, if predictions are made from it."""
         return {} if self._last is None else {"mean": self._last.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
         """See :meth:`Server.load_state_dict`.
 
         Raises:
             StateError: It is not the state of such a server.
         """
+        del others
         mean = state.get("mean")
         allowed = {"mean"} if self._ends.uplink.predict and isinstance(mean, Tensor) else set()
         if set(state) - allowed:

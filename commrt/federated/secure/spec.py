@@ -7,6 +7,7 @@ from commrt.codecs import derive_seed
 from commrt.errors import ConfigError
 from commrt.federated.independent import MOST_CLIENTS
 from commrt.federated.layout import Layout
+from commrt.federated.peers import ALONE, Peers
 from commrt.federated.secure.client import SecureClient
 from commrt.federated.secure.ends import Ends, Pairs
 from commrt.federated.secure.server import SecureServer
@@ -123,8 +124,9 @@ class SecureUplink(Uplink):
         """
         return SecureClient(Ends(self, layout, seed), client, pairs or _dealt(seed, client))
 
-    def server(self, layout: Layout, *, seed: int = 0) -> "SecureServer":
-        """See :meth:`Uplink.server`."""
+    def server(self, layout: Layout, *, seed: int = 0, peers: Peers = ALONE) -> "SecureServer":
+        """See :meth:`Uplink.server`; it is not shared."""
+        del peers
         return SecureServer(Ends(self, layout, seed))
 
     def _require(self, name: str, holds: bool, allowed: str) -> None:
