@@ -107,16 +107,20 @@ def allocate(
     model = factored(covariance)
     target = _effective_weights(weights, model, unbiased)
     rates = _checked_rates(rates, target, unbiased)
+    xp = array_namespace(rates)
     if exact is None:
         exact = rates.shape[0] <= MAX_EXACT
     if exact and rates.shape[0] > MAX_EXACT:
         raise ConfigError(f"exact=True for {rates.shape[0]} clients: must be at most {MAX_EXACT}")
+    if model.is_diagonal:  # then no order is better than another
+        precision = xp.expm1(_NATS * rates) / xp.where(model.unique > 0, model.unique, math.inf)
+        return _loudest_first(model, precision, target, unbiased)
     found = _greedy(model, rates, target, unbiased)
     if not exact:
         return found
     best = _exact(model, rates, target, unbiased)
     # An order alone needs no barrier, and no care where rates are millions of times apart.
-    within = bool(array_namespace(rates).all(best.rates <= rates + _EXCESS))
+    within = bool(xp.all(best.rates <= rates + _EXCESS))
     if within and best.distortion <= found.distortion:
         return best
     return dataclasses.replace(found, history=best.history)

@@ -65,6 +65,11 @@ class FactorCovariance:
         """The diagonal, (..., K)."""
         return self.unique + array_namespace(self.factor).sum(self.factor**2, axis=-1)
 
+    @property
+    def is_diagonal(self) -> bool:
+        """Whether no client tells anything of another."""
+        return not bool(array_namespace(self.factor).any(self.factor != 0))
+
     def dense(self) -> Array:
         """The matrix, (..., K, K)."""
         xp = array_namespace(self.factor)

@@ -163,6 +163,8 @@ def corner_rates(covariance: Array | FactorCovariance, noise: Array, order: Sequ
     precision = precision_of(noise, model.unique)
     clients = order_of(order, model.unique)
     xp = array_namespace(precision)
+    if model.is_diagonal:
+        return _BITS * xp.log1p(model.unique * precision)
     decoding = Decoding(model)
     rates = xp.zeros_like(precision)
     for i, client in enumerate(order):

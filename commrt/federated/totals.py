@@ -6,6 +6,9 @@ least distortion for that tangent, the slopes -dD/dp_k are proportional to M_kk 
 speak. So each pass multiplies the precisions by a power of
 ``sqrt(-dD/dp_k / M_kk)`` and scales them to the budget: with power 1 the fixed point of
 majorisation-minimisation, with larger ones, tried while they gain, the same point sooner.
+
+Where clients tell nothing of each other, and the mean is unbiased, the best noises q of variances v
+have ``q (q + v) = m v / w^2`` with one multiplier m for all, which Newton's method finds.
 """
 
 from __future__ import annotations
@@ -40,10 +43,14 @@ class Division:
 
     def of_rate(self, nats: float) -> Array:
         """Precisions (K,) of least distortion with ``ln det(I + Sigma P)`` of so many nats."""
+        if self._unbiased and self._model.is_diagonal:
+            return _Apart(self._model.unique, self._weights).of_rate(nats)
         return self._minimise(lambda p: -self._fidelity(p)[0], self._log_det, nats)
 
     def to_distortion(self, distortion: float) -> Array:
         """Precisions (K,) of least rate that reach a distortion, which silence does not."""
+        if self._unbiased and self._model.is_diagonal:
+            return _Apart(self._model.unique, self._weights).to_distortion(distortion)
         return self._minimise(lambda p: self._log_det(p)[0], self._fidelity, -math.log(distortion))
 
     def _minimise(self, loss: Callable[[Array], float], budget: Measure, target: float) -> Array:
@@ -101,6 +108,73 @@ class Division:
         distortion = float(seen.quadratic(self._weights))
         slope = float(xp.sum(precision * seen.times(self._weights) ** 2)) / distortion
         return -math.log(distortion), slope
+
+
+class _Apart:
+    """Independent clients and an unbiased mean.
+
+    Args:
+        variances: (K,).
+        weights: (K,); clients that have none, or do not vary, are silent.
+    """
+
+    def __init__(self, variances: Array, weights: Array) -> None:
+        xp = array_namespace(variances)
+        self._speaks = (variances > 0) & (weights != 0)
+        self._variances = xp.where(self._speaks, variances, 1.0)
+        self._weights = xp.where(self._speaks, weights**2, 1.0)
+        self._counts = xp.astype(self._speaks, xp.float64)
+
+    def of_rate(self, nats: float) -> Array:
+        """See :meth:`Division.of_rate`."""
+        xp = array_namespace(self._weights)
+        least = float(xp.min(self._variances * self._weights))
+        return self._solved(self._log_det, nats, math.log(least) - _log_expm1(nats))
+
+    def to_distortion(self, distortion: float) -> Array:
+        """See :meth:`Division.to_distortion`."""
+        log_distortion = math.log(distortion)
+        return self._solved(self._log_distortion, log_distortion, log_distortion)
+
+    def _solved(
+        self, measure: Callable[[float], tuple[float, float]], to: float, at: float
+    ) -> Array:
+        """The precisions at the multiplier, whose logarithm is ``at`` or more, that has a measure.
+
+        The logarithm of the distortion has slopes from 1/2 to 1, the rate is convex and falls: of
+        both Newton's method finds every value.
+        """
+        for _ in range(_SCALINGS):
+            value, slope = measure(at)
+            if abs(value - to) <= _EXACT * max(1.0, abs(to)) or slope == 0:
+                break
+            at += (to - value) / slope
+        xp = array_namespace(self._weights)
+        return xp.where(self._speaks, 1 / self._noise(at)[0], 0.0)
+
+    def _log_det(self, log_multiplier: float) -> tuple[float, float]:
+        xp = array_namespace(self._weights)
+        noise, root = self._noise(log_multiplier)
+        rate = xp.sum(self._counts * xp.log1p(self._variances / noise))
+        return float(rate), -float(xp.sum(self._counts * self._variances / root))
+
+    def _log_distortion(self, log_multiplier: float) -> tuple[float, float]:
+        xp = array_namespace(self._weights)
+        noise, root = self._noise(log_multiplier)
+        distortion = float(xp.sum(self._counts * self._weights * noise))
+        moved = float(xp.sum(self._counts * self._variances / root))
+        return math.log(distortion), math.exp(log_multiplier) * moved / distortion
+
+    def _noise(self, log_multiplier: float) -> tuple[Array, Array]:
+        """q, and sqrt(v^2 + 4 m v / w^2), by which it is that without cancelling."""
+        xp = array_namespace(self._weights)
+        reach = math.exp(log_multiplier) / self._weights
+        root = xp.sqrt(self._variances * (self._variances + 4 * reach))
+        return 2 * self._variances * reach / (self._variances + root), root
+
+
+def _log_expm1(nats: float) -> float:
+    return nats + math.log(-math.expm1(-nats))
 
 
 def _scaled(precision: Array, budget: Measure, target: float) -> Array:

@@ -302,3 +302,24 @@ def test_the_bound_falls_with_every_distortion(xp) -> None:
     assert biased == pytest.approx(first + 6.0 / 3)
     with pytest.raises(ConfigError, match="0 rounds"):
         convergence_bound(xp.asarray([]), initial_gap=1.0, **settings)
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+@pytest.mark.parametrize("nmse", [1e-3, 0.3, 20.0])
+def test_independent_clients(count: int, nmse: float) -> None:
+    """In closed form what passes over all covariances find; and none who does not vary has a say."""
+    rng = np.random.default_rng(count)
+    variances, weights = rng.uniform(0, 2, count) ** 3, rng.uniform(0.1, 1, count)
+    variances[1:2], weights[2:3] = 0.0, 0.0
+    apart = FactorCovariance(np.zeros((count, 1)), variances)
+    same = FactorCovariance(np.diag(np.sqrt(variances)), np.zeros(count))
+    distortion = nmse * float(weights**2 @ variances)
+    found = allocate_distortion(apart, distortion, weights, unbiased=True)
+    searched = allocate_distortion(same, distortion, weights, unbiased=True)
+    np.testing.assert_allclose(found.distortion, distortion, rtol=1e-9)
+    np.testing.assert_allclose(found.rates.sum(), searched.rates.sum(), rtol=1e-6)
+    assert np.isinf(found.noise[1:3]).all()
+    back = allocate_total(apart, float(found.rates.sum()), weights, unbiased=True)
+    np.testing.assert_allclose(back.distortion, distortion, rtol=1e-9)
+    given = allocate(apart, found.rates, np.where(found.rates > 0, weights, 0.0), unbiased=True)
+    np.testing.assert_allclose(given.distortion, distortion, rtol=1e-9)
