@@ -135,7 +135,8 @@ class Data:
         values, predicted = self.grad.float(), torch.zeros(self.numel, device=self.device)
         codes, rows = torch.zeros(2, self.numel, dtype=torch.int16, device=self.device)
         decoded = torch.zeros_like(values)
-        first_rows = torch.arange(0, 56 * 16, 16, dtype=torch.int16, device=self.device)
+        first_rows = torch.arange(0, 56 * 16, 16, dtype=torch.int16, device=self.device)[None]
+        energies, ends = values * values, torch.tensor([self.numel], device=self.device)
         options = {"lattice": lattice}
         ops.dither_quantise(values, predicted, codes, STEP, 0, **options)
         ops.dither_dequantise(codes, predicted, decoded, STEP, 0, **options)
@@ -149,10 +150,8 @@ class Data:
                 lambda: ops.dither_dequantise(codes, predicted, decoded, STEP, 0, **options),
             ),
             "scale_rows": (
-                10,
-                lambda: ops.scale_rows(
-                    values, predicted, 0.3, first_rows, rows, 0, base=220, **options
-                ),
+                6,
+                lambda: ops.scale_rows(energies, first_rows, ends, rows, 0, base=220, **options),
             ),
         }
         shared = {

@@ -25,5 +25,6 @@ T* at(Address address) {
 void bind_dither(nanobind::module_& m);
 void bind_rans(nanobind::module_& m);
 void bind_polar(nanobind::module_& m);
+void bind_sources(nanobind::module_& m);
 
 }  // namespace commrt

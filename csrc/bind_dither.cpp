@@ -63,13 +63,19 @@ void dither_dequantise(Address codes, Address predicted, Address values, Index n
 }
 
 template <typename Where>
-void scale_rows(Address own, int own_dtype, Address shared, float shared_weight,
-                Address rows_of_class, int num_classes, int base, Address rows, Index numel,
+void scale_rows(Address energies, Address rows_of_class, int num_classes, Address ends,
+                int num_groups, int base, Address contexts, Address rows, Index numel,
                 DitherArg dither, Where where) {
   const nb::gil_scoped_release release;
-  run(ScaleRowsArgs{at<const void>(own), static_cast<DType>(own_dtype), at<const float>(shared),
-                    shared_weight, at<const std::int16_t>(rows_of_class), num_classes, base,
-                    at<std::int16_t>(rows), numel, dither},
+  run(ScaleRowsArgs{at<const float>(energies),
+                    at<const std::int16_t>(rows_of_class),
+                    num_classes,
+                    {at<const std::int64_t>(ends), num_groups},
+                    base,
+                    at<std::int16_t>(contexts),
+                    at<std::int16_t>(rows),
+                    numel,
+                    dither},
       where);
 }
 

@@ -352,6 +352,7 @@ NB_MODULE(_C, m) {
   bind_dither(m);
   bind_rans(m);
   bind_polar(m);
+  bind_sources(m);
 
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);

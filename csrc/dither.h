@@ -2,7 +2,7 @@
 // Each op has the same name in commrt/ops/reference, which is its specification.
 #pragma once
 
-#include "ops.h"
+#include "groups.h"
 
 namespace commrt {
 
@@ -38,13 +38,12 @@ struct DitherDequantiseArgs {
 };
 
 struct ScaleRowsArgs {
-  const void* own;  // or null: zeros
-  DType own_dtype;
-  const float* shared;  // or null: zeros
-  float shared_weight;
-  const std::int16_t* rows_of_class;
-  int num_classes;  // 1 .. kMaxClasses
+  const float* energies;              // or null: zeros
+  const std::int16_t* rows_of_class;  // of each group
+  int num_classes;                    // 1 .. kMaxClasses
+  Groups groups;
   int base;
+  std::int16_t* contexts;  // or null
   std::int16_t* rows;
   std::int64_t numel;
   Dither dither;

@@ -37,6 +37,11 @@ class Layout:
     Args:
         shapes: By name. Client and server must be given the same, in the same order.
 
+    Attributes:
+        groups: See :class:`Group`.
+        ends: int64, where each group ends.
+        matrices: Rows and columns of each tensor, as a matrix.
+
     Raises:
         ConfigError: There is no element.
     """
@@ -48,6 +53,8 @@ class Layout:
         if self.numel == 0:
             raise ConfigError(f"shapes={dict(shapes)!r}: must have one element at least")
         self.groups = tuple(_groups(sizes))
+        self.ends = torch.tensor([group.end for group in self.groups])
+        self.matrices = tuple(map(_matrix, self.shapes.values()))
         self.digest = zlib.crc32(repr(self.shapes).encode())
 
     @classmethod
@@ -98,6 +105,13 @@ class Layout:
             bad = int((~flat.isfinite()).sum())
             raise ConfigError(f"{name} has {bad} elements that are not finite: none may be")
         return flat
+
+
+def _matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """As rows and columns: a vector is a row, what has more dimensions has them as columns."""
+    if len(shape) < 2:
+        return 1, math.prod(shape)
+    return shape[0], math.prod(shape[1:])
 
 
 def _groups(sizes: Sequence[int]) -> list[Group]:

@@ -3,7 +3,8 @@
 Gradients to payloads and back, in this file; the steps of optimizers, which work on lists of
 :class:`StepTensor`, in :mod:`commrt.ops.steps`; what changed of weights, in
 :mod:`commrt.ops.patches`; subtractive dither, in :mod:`commrt.ops.dither`; integers by their
-probabilities, in :mod:`commrt.ops.rans`; polar codes and cosets, in :mod:`commrt.ops.polar`.
+probabilities, in :mod:`commrt.ops.rans`; polar codes and cosets, in :mod:`commrt.ops.polar`; what both ends of an
+update know before it is sent, in :mod:`commrt.ops.sources`.
 
 Ops write into tensors the caller allocated, never allocate or synchronise, and work on windows of
 whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tensor lie at blocks
@@ -35,6 +36,12 @@ from commrt.ops.polar import (
 )
 from commrt.ops.rans import rans_capacity, rans_decode, rans_encode, rans_segments
 from commrt.ops.reference.moments import MomentMap, decode_moment, encode_moment
+from commrt.ops.sources import (
+    source_energies,
+    source_history,
+    source_prediction,
+    source_products,
+)
 from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
 __all__ = [
@@ -75,6 +82,10 @@ __all__ = [
     "rans_segments",
     "rescale_",
     "scale_rows",
+    "source_energies",
+    "source_history",
+    "source_prediction",
+    "source_products",
     "square_sums",
     "status",
 ]

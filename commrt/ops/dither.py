@@ -24,7 +24,7 @@ from torch import Tensor
 
 from commrt.errors import ConfigError
 from commrt.ops.arrays import takes_arrays
-from commrt.ops.format import FLOAT_DTYPES
+from commrt.ops.checks import check_device, check_like, check_matrix, check_vector
 
 LATTICES = ("z", "e8")
 # Elements that a point of the lattice has.
@@ -82,8 +82,8 @@ def dither_quantise(
     E8 and its nearest point: Conway and Sloane, "Fast quantizing and decoding algorithms for
     lattice quantizers and codes", IEEE Trans. Inf. Theory 28(2), 1982.
     """
-    _check("values", values, torch.float32)
-    _check_like(values, "values", predicted=(predicted, torch.float32), codes=(codes, torch.int16))
+    check_vector("values", values, torch.float32)
+    check_like(values, "values", predicted=(predicted, torch.float32), codes=(codes, torch.int16))
     _check_step(step)
     _check_dither(values.numel(), seed, first_index, lattice)
     torch.ops.commrt.dither_quantise(values, predicted, codes, step, seed, first_index, lattice)
@@ -118,71 +118,69 @@ def dither_dequantise(
 
     Cost: reads 6 bytes an element, 2 without ``predicted``; writes 4.
     """
-    _check("codes", codes, torch.int16)
-    _check_like(
-        codes, "codes", predicted=(predicted, torch.float32), values=(values, torch.float32)
-    )
+    check_vector("codes", codes, torch.int16)
+    check_like(codes, "codes", predicted=(predicted, torch.float32), values=(values, torch.float32))
     _check_step(step)
     _check_dither(codes.numel(), seed, first_index, lattice)
     torch.ops.commrt.dither_dequantise(codes, predicted, values, step, seed, first_index, lattice)
 
 
-@takes_arrays("rows")
+@takes_arrays("contexts", "rows")
 def scale_rows(
-    own: Tensor | None,
-    shared: Tensor | None,
-    shared_weight: float,
+    energies: Tensor | None,
     rows_of_class: Tensor,
+    ends: Tensor,
     rows: Tensor,
     seed: int,
     *,
     base: int,
+    contexts: Tensor | None = None,
     first_index: int = 0,
     lattice: str = "z",
 ) -> None:
     """Write the row of the coder's tables that each element has: by its scale and its dither.
 
-    An element's energy is v = own**2 + shared_weight * shared**2, each product and the sum rounded
-    to fp32. Its class is the exponent of v and the highest bit of the mantissa, so half an octave
-    of energy, less ``base`` and clamped to [0, C): class 0 for zero, C - 1 for infinity and for
-    what is no number. Its row is ``rows_of_class[class]`` plus its phase, 0 to 15.
+    An element's class is the exponent of its energy and the highest bit of the mantissa, so half
+    an octave, less ``base`` and clamped to [0, C): class 0 for zero, C - 1 for infinity and for
+    what is no number. Its context is its class times 16 plus its phase, which is 0 to 15; its row
+    is ``rows_of_class[group, class]`` plus its phase.
 
     Args:
-        own: fp32, bf16 or fp16, N elements, or None for zeros.
-        shared: fp32, N elements, or None for zeros.
-        shared_weight: At least 0; rounded to fp32, in which it is finite.
-        rows_of_class: int16, C elements, 1 to 64: the first of a class's 16 rows.
+        energies: fp32, N elements, at least 0; or None for zeros.
+        rows_of_class: int16 (G, C), C from 1 to 64: the first of a class's 16 rows, for each of
+            the groups that the elements are of.
+        ends: int64, G elements: before which of the N a group ends, ascending. The last group has
+            all that is left.
         rows: int16, N elements, overwritten.
         seed: That of :func:`dither_quantise`.
-        base: The first class's ``bits(v) >> 22``, 0 to 511.
+        base: The first class's ``bits(energy) >> 22``, 0 to 511.
+        contexts: int16, N elements, overwritten; None where they are not asked for.
         first_index: As there.
         lattice: As there; it decides what the phase is.
 
     Raises:
-        ConfigError: A tensor or an argument is not as above. ``own``, ``shared`` and ``rows`` must
-            be of one size; what ``rows_of_class`` holds is not looked at.
+        ConfigError: A tensor or an argument is not as above. What ``rows_of_class`` and ``ends``
+            hold is not looked at.
 
-    Cost: reads ``own`` and ``shared``, writes 2 bytes an element.
+    Cost: reads 4 bytes an element, none without ``energies``, and writes 2, with ``contexts`` 4.
     """
-    _check("rows", rows, torch.int16)
-    _check_like(rows, "rows", shared=(shared, torch.float32))
-    if own is not None:
-        if own.dtype not in FLOAT_DTYPES:
-            raise ConfigError(f"own is {own.dtype}: must be one of {FLOAT_DTYPES}")
-        _check_like(rows, "rows", own=(own, own.dtype))
-    _check("rows_of_class", rows_of_class, torch.int16)
-    if not 1 <= rows_of_class.numel() <= MAX_CLASSES:
+    check_vector("rows", rows, torch.int16)
+    check_like(rows, "rows", energies=(energies, torch.float32), contexts=(contexts, torch.int16))
+    check_vector("ends", ends, torch.int64)
+    check_matrix("rows_of_class", rows_of_class, torch.int16, (ends.numel(), None))
+    num_groups, num_classes = rows_of_class.shape
+    if num_groups < 1 or not 1 <= num_classes <= MAX_CLASSES:
         raise ConfigError(
-            f"rows_of_class has {rows_of_class.numel()} elements: must have 1 to {MAX_CLASSES}"
+            f"rows_of_class has {num_groups} groups of {num_classes} classes: must have a group "
+            f"and 1 to {MAX_CLASSES}"
         )
-    _check_device("rows_of_class", rows_of_class, "rows", rows)
-    if not 0 <= shared_weight <= torch.finfo(torch.float32).max:
-        raise ConfigError(f"shared_weight={shared_weight!r}: must be in [0, 3.4e38]")
+    for name, tensor in (("ends", ends), ("rows_of_class", rows_of_class)):
+        check_device(name, tensor, "rows", rows)
     if not 0 <= base < 512:
         raise ConfigError(f"base={base}: must be in [0, 512)")
     _check_dither(rows.numel(), seed, first_index, lattice)
     torch.ops.commrt.scale_rows(
-        rows, own, shared, shared_weight, rows_of_class, base, seed, first_index, lattice
+        rows, contexts, energies, rows_of_class, ends, base, seed, first_index, lattice
     )
 
 
@@ -210,36 +208,11 @@ def lmmse_combine(stack: Tensor, weights: Tensor, out: Tensor) -> None:
     if stack.shape[1] > 1 and stack.stride(1) != 1:
         raise ConfigError("stack has strided rows: each row must be contiguous")
     for name, tensor, numel in (("weights", weights, stack.shape[0]), ("out", out, stack.shape[1])):
-        _check(name, tensor, torch.float32)
+        check_vector(name, tensor, torch.float32)
         if tensor.numel() != numel:
             raise ConfigError(f"{name} has {tensor.numel()} elements: must have {numel}")
-        _check_device(name, tensor, "stack", stack)
+        check_device(name, tensor, "stack", stack)
     torch.ops.commrt.lmmse_combine(stack, weights, out)
-
-
-def _check(name: str, flat: Tensor, dtype: torch.dtype) -> None:
-    if flat.dtype != dtype or flat.dim() != 1 or not flat.is_contiguous():
-        raise ConfigError(
-            f"{name} is {flat.dtype} {tuple(flat.shape)}: must be {dtype}, 1-D and contiguous"
-        )
-
-
-def _check_like(first: Tensor, of: str, **others: tuple[Tensor | None, torch.dtype]) -> None:
-    """That the others have as many elements as the first, on its device."""
-    for name, (tensor, dtype) in others.items():
-        if tensor is None:
-            continue
-        _check(name, tensor, dtype)
-        if tensor.numel() != first.numel():
-            raise ConfigError(
-                f"{name} has {tensor.numel()} elements: must have {first.numel()}, as {of} has"
-            )
-        _check_device(name, tensor, of, first)
-
-
-def _check_device(name: str, tensor: Tensor, of: str, first: Tensor) -> None:
-    if tensor.device != first.device:
-        raise ConfigError(f"{name} is on {tensor.device}: must be on {first.device}, as {of} is")
 
 
 def _check_step(step: float) -> None:

@@ -1,4 +1,5 @@
 // The dither's part of kernel_check: windows that begin and end anywhere, at any address.
+#include <algorithm>
 #include <cmath>
 
 #include "../cuda/dither.h"
@@ -17,7 +18,6 @@ namespace {
 
 // In points of the lattice.
 constexpr std::int64_t kSizes[] = {1, 5, 8, 17, 256, 1024, 2309};
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
 struct Case {
   Dither dither;
@@ -72,6 +72,16 @@ std::vector<std::int16_t> random_codes(std::int64_t numel, std::mt19937& random)
   return codes;
 }
 
+// Of groups, which may have no elements; not of the last, which has what is left.
+std::vector<std::int64_t> random_ends(std::int64_t numel, int count, std::mt19937& random) {
+  std::vector<std::int64_t> ends(static_cast<std::size_t>(count));
+  for (std::int64_t& end : ends) {
+    end = static_cast<std::int64_t>(random() % static_cast<std::uint64_t>(numel + 1));
+  }
+  std::sort(ends.begin(), ends.end());
+  return ends;
+}
+
 template <typename T>
 T* or_null(bool is_given, std::uint8_t* memory) {
   return is_given ? reinterpret_cast<T*>(memory) : nullptr;
@@ -122,30 +132,26 @@ void check_dither_dequantise(Checks& checks, std::mt19937& random) {
 
 void check_scale_rows(Checks& checks, std::mt19937& random) {
   for_each_case([&](const Case& c) {
-    const DType dtype = kDTypes[c.index % 3];
-    const auto size = static_cast<int>(element_size(dtype));
-    const int num_classes = 1 + c.index % kMaxClasses;
-    Buffer own(size * c.numel, c.shift(size)), shared(4 * c.numel, 0);
-    Buffer classes(2 * num_classes, 2), rows(2 * c.numel, c.shift(2));
-    own.set(random_values(c.numel, random, true).data());  // as bits: any numbers of two bytes
-    shared.set(random_values(c.numel, random, true).data());
-    classes.set(random_codes(num_classes, random).data());
-    const auto args = [&](std::uint8_t* mine, std::uint8_t* theirs, std::uint8_t* table,
-                          std::uint8_t* to) {
-      return ScaleRowsArgs{or_null<const void>(c.has_first, mine),
-                           dtype,
-                           or_null<const float>(c.has_second, theirs),
-                           0.3f,
-                           reinterpret_cast<const std::int16_t*>(table),
+    const int num_classes = 1 + c.index % kMaxClasses, num_groups = 1 + c.index % 3;
+    Buffer energies(4 * c.numel, c.shift(4)), classes(2 * num_classes * num_groups, 2);
+    Buffer ends(8 * num_groups, 8), contexts(2 * c.numel, 0), rows(2 * c.numel, c.shift(2));
+    energies.set(random_values(c.numel, random, true).data());
+    classes.set(random_codes(num_classes * num_groups, random).data());
+    ends.set(random_ends(c.numel, num_groups, random).data());
+    const auto args = [&](const auto& place) {
+      return ScaleRowsArgs{or_null<const float>(c.has_first, place(energies)),
+                           reinterpret_cast<const std::int16_t*>(place(classes)),
                            num_classes,
+                           {reinterpret_cast<const std::int64_t*>(place(ends)), num_groups},
                            220,
-                           reinterpret_cast<std::int16_t*>(to),
+                           or_null<std::int16_t>(c.has_second, place(contexts)),
+                           reinterpret_cast<std::int16_t*>(place(rows)),
                            c.numel,
                            c.dither};
     };
-    portable::scale_rows(args(own.cpu(), shared.cpu(), classes.cpu(), rows.cpu()), 0, c.tiles());
-    cuda::scale_rows(args(own.gpu(), shared.gpu(), classes.gpu(), rows.gpu()), {});
-    checks.expect(c.name("scale_rows"), {&own, &shared, &classes, &rows});
+    portable::scale_rows(args([](Buffer& buffer) { return buffer.cpu(); }), 0, c.tiles());
+    cuda::scale_rows(args([](Buffer& buffer) { return buffer.gpu(); }), {});
+    checks.expect(c.name("scale_rows"), {&energies, &classes, &ends, &contexts, &rows});
   });
 }
 

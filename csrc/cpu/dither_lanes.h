@@ -8,7 +8,7 @@
 //   to_coordinates   eight vectors, of eight elements' points, to a vector for each coordinate; the
 //                    points in any order, the same for all
 //   to_elements      the reverse
-//   RowTable         store() writes the row_of() elements of these energies and phases
+//   RowTable         store() writes the context_of() and row_of() elements of these energies and phases
 #pragma once
 
 #include <cstring>
@@ -79,16 +79,21 @@ class RowTable {
     low_ = _mm512_load_si512(all);
     high_ = _mm512_load_si512(all + kMaxClasses / 2);
   }
-  COMMRT_MEMBER void store(std::int16_t* to, Vf energy, Vf phase) const {
+  COMMRT_MEMBER void store(std::int16_t* contexts, std::int16_t* rows, Vf energy, Vf phase) const {
     __m512i index = _mm512_sub_epi32(_mm512_srli_epi32(abs_bits(energy), 22), base_);
     index = _mm512_min_epi32(_mm512_max_epi32(index, _mm512_setzero_si512()), last_);
     // Of each pair of words only the first one counts.
-    const __m512i row = _mm512_permutex2var_epi16(low_, index, high_);
-    const __m512i sum = _mm512_add_epi32(row, _mm512_cvttps_epi32(phase));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(sum));
+    const __m512i first = _mm512_permutex2var_epi16(low_, index, high_);
+    const __m512i place = _mm512_cvttps_epi32(phase);
+    narrow(contexts, _mm512_add_epi32(_mm512_slli_epi32(index, 4), place));
+    narrow(rows, _mm512_add_epi32(first, place));
   }
 
  private:
+  static COMMRT_MEMBER void narrow(std::int16_t* to, __m512i words) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(words));
+  }
+
   __m512i low_, high_, base_, last_;
 };
 
@@ -154,20 +159,25 @@ class RowTable {
       : base_(_mm256_set1_epi32(base)), last_(_mm256_set1_epi32(count - 1)) {
     for (int i = 0; i < count; ++i) row_of_[i] = rows[i];
   }
-  COMMRT_MEMBER void store(std::int16_t* to, Vf energy, Vf phase) const {
+  COMMRT_MEMBER void store(std::int16_t* contexts, std::int16_t* rows, Vf energy, Vf phase) const {
     const Vu magnitude = abs_bits(energy);
-    const __m256i words = _mm256_packus_epi32(rows_of_half(magnitude.low, phase.low),
-                                              rows_of_half(magnitude.high, phase.high));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(words, 0xd8));
+    const __m256i low = class_of(magnitude.low), high = class_of(magnitude.high);
+    narrow(contexts, _mm256_slli_epi32(low, 4), _mm256_slli_epi32(high, 4), phase);
+    narrow(rows, _mm256_i32gather_epi32(row_of_, low, 4), _mm256_i32gather_epi32(row_of_, high, 4),
+           phase);
   }
 
  private:
-  COMMRT_MEMBER __m256i rows_of_half(__m256i magnitude, __m256 phase) const {
-    __m256i index = _mm256_sub_epi32(_mm256_srli_epi32(magnitude, 22), base_);
-    index = _mm256_min_epi32(_mm256_max_epi32(index, _mm256_setzero_si256()), last_);
-    const __m256i row = _mm256_i32gather_epi32(row_of_, index, 4);
-    const __m256i sum = _mm256_add_epi32(row, _mm256_cvttps_epi32(phase));
-    return _mm256_and_si256(sum, _mm256_set1_epi32(0xffff));
+  COMMRT_MEMBER __m256i class_of(__m256i magnitude) const {
+    const __m256i index = _mm256_sub_epi32(_mm256_srli_epi32(magnitude, 22), base_);
+    return _mm256_min_epi32(_mm256_max_epi32(index, _mm256_setzero_si256()), last_);
+  }
+  static COMMRT_MEMBER void narrow(std::int16_t* to, __m256i low, __m256i high, Vf phase) {
+    const __m256i mask = _mm256_set1_epi32(0xffff);
+    low = _mm256_and_si256(_mm256_add_epi32(low, _mm256_cvttps_epi32(phase.low)), mask);
+    high = _mm256_and_si256(_mm256_add_epi32(high, _mm256_cvttps_epi32(phase.high)), mask);
+    const __m256i words = _mm256_packus_epi32(low, high);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permute4x64_epi64(words, 0xd8));
   }
 
   int row_of_[kMaxClasses];
@@ -234,11 +244,15 @@ class RowTable {
  public:
   RowTable(const std::int16_t* rows, int count, int base)
       : rows_(rows), count_(count), base_(base) {}
-  void store(std::int16_t* to, Vf energy, Vf phase) const {
+  void store(std::int16_t* contexts, std::int16_t* rows, Vf energy, Vf phase) const {
     float lane[2][16];
     std::memcpy(lane[0], &energy, sizeof energy);
     std::memcpy(lane[1], &phase, sizeof phase);
-    COMMRT_EACH_LANE to[i] = row_of(rows_[scale_class(lane[0][i], base_, count_)], lane[1][i]);
+    COMMRT_EACH_LANE {
+      const int index = scale_class(lane[0][i], base_, count_);
+      contexts[i] = context_of(index, lane[1][i]);
+      rows[i] = row_of(rows_[index], lane[1][i]);
+    }
   }
 
  private:

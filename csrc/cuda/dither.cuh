@@ -30,17 +30,13 @@ struct Eight {
 };
 
 // Zeros where there are none, also everywhere for null.
-__device__ __forceinline__ void load(const void* from, DType dtype, const Eight& at,
-                                     float (&x)[kPerLane]) {
-  const Window all{const_cast<void*>(from), dtype, at.element + at.end, 0};
+__device__ __forceinline__ void load(const float* from, const Eight& at, float (&x)[kPerLane]) {
+  const Window all{const_cast<float*>(from), DType::kFloat32, at.element + at.end, 0};
   if (from != nullptr && at.is_whole()) return load(all, at.element, x);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     x[i] = from != nullptr && at.has(i) ? load_one(all, at.element + i) : 0.0f;
   }
-}
-__device__ __forceinline__ void load(const float* from, const Eight& at, float (&x)[kPerLane]) {
-  load(from, DType::kFloat32, at, x);
 }
 __device__ __forceinline__ void load(const std::int16_t* from, const Eight& at,
                                      std::uint16_t (&x)[kPerLane]) {
@@ -122,18 +118,21 @@ __global__ void __launch_bounds__(kThreads) dither_dequantise_kernel(DitherDequa
 template <Lattice lattice>
 __global__ void __launch_bounds__(kThreads) scale_rows_kernel(ScaleRowsArgs args) {
   const Eight at(args.numel, args.dither);
-  float own[kPerLane], shared[kPerLane], u[kPerLane];
-  load(args.own, args.own_dtype, at, own);
-  load(args.shared, at, shared);
+  float energies[kPerLane], u[kPerLane];
+  load(args.energies, at, energies);
   draw_dither<lattice>(args.dither, at, u);
-  std::uint16_t rows[kPerLane];
+  std::uint16_t contexts[kPerLane], rows[kPerLane];
+  int group = group_of(args.groups, at.element + at.begin);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
-    const float energy = own[i] * own[i] + args.shared_weight * (shared[i] * shared[i]);
-    const int index = scale_class(energy, args.base, args.num_classes);
-    const std::int16_t row = row_of(args.rows_of_class[index], to_phase<lattice>(u[i]));
-    rows[i] = static_cast<std::uint16_t>(row);
+    group = next_group(args.groups, group, at.element + i);
+    const int index = scale_class(energies[i], args.base, args.num_classes);
+    const std::int64_t place = std::int64_t{group} * args.num_classes + index;
+    const float phase = to_phase<lattice>(u[i]);
+    contexts[i] = static_cast<std::uint16_t>(context_of(index, phase));
+    rows[i] = static_cast<std::uint16_t>(row_of(args.rows_of_class[place], phase));
   }
+  if (args.contexts != nullptr) store(args.contexts, at, contexts);
   store(args.rows, at, rows);
 }
 

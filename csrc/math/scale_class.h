@@ -12,7 +12,10 @@ COMMRT_HD int scale_class(float energy, int base, int num_classes) {
   return index < num_classes ? index : num_classes - 1;
 }
 
-// One of a class's sixteen, of which the phase is the whole part.
+// Of a class and a phase, sixteen of which a class has; the phase is a whole number.
+COMMRT_HD std::int16_t context_of(int index, float phase) {
+  return static_cast<std::int16_t>(16 * index + static_cast<int>(phase));
+}
 COMMRT_HD std::int16_t row_of(std::int16_t first_row, float phase) {
   return static_cast<std::int16_t>(first_row + static_cast<int>(phase));
 }

@@ -118,14 +118,17 @@ def every_op_of_a_dither(
         test_dither.empty_codes(numel).to(device),
     )
     output, total = torch.zeros_like(values), torch.zeros_like(values)
-    first_rows = torch.arange(0, 64 * 16, 16, dtype=torch.int16, device=device)
+    first_rows = torch.arange(0, 2 * 64 * 16, 16, dtype=torch.int16, device=device).view(2, 64)
+    ends = torch.tensor([values.numel() // 3, values.numel()], device=device)
+    contexts = torch.zeros_like(rows)
     options = {"first_index": first_index, "lattice": lattice}
     ops.dither_quantise(values, predicted, codes, 0.3, seed, **options)
     ops.dither_dequantise(codes, predicted, output, 0.3, seed, **options)
-    ops.scale_rows(values, predicted, 0.3, first_rows, rows, seed, base=230, **options)
+    energies, options["base"] = values * values, 230
+    ops.scale_rows(energies, first_rows, ends, rows, seed, contexts=contexts, **options)
     stack = torch.stack((predicted, predicted.flip(0), predicted.sqrt()))
     ops.lmmse_combine(stack, torch.tensor([0.5, -3.0, 1e-3], device=device), total)
-    return [codes, output, rows, total]
+    return [codes, output, contexts, rows, total]
 
 
 @pytest.mark.parametrize("lanes", LANES)

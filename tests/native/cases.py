@@ -22,6 +22,7 @@ OPS = (
     *("rescale_", "patch_encode", "patch_apply_"),
     *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
     *("rans_encode", "rans_decode"),
+    *("source_energies", "source_prediction", "source_products", "source_history"),
     *("polar_transform_", "polar_decode", "coset_llr", "coset_decode"),
 )
 KINDS = ((1, "mean"), (2, "absmax"), (2, "mean"), (4, "absmax"), (8, "absmax"))
@@ -98,7 +99,7 @@ def assert_same_bits(actual: Tensor, expected: Tensor, where: str = "") -> None:
     assert actual.shape == expected.shape
     if expected.is_floating_point():
         assert torch.equal(actual.isnan(), expected.isnan()), where
-        as_int = {2: torch.int16, 4: torch.int32}[expected.element_size()]
+        as_int = {2: torch.int16, 4: torch.int32, 8: torch.int64}[expected.element_size()]
         is_number = ~expected.isnan()
         actual, expected = actual[is_number].view(as_int), expected[is_number].view(as_int)
     assert torch.equal(actual, expected), where

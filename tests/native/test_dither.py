@@ -11,7 +11,7 @@ from torch import Tensor
 
 from commrt import ops
 from commrt.errors import ConfigError
-from commrt.ops import FLOAT_DTYPES, reference
+from commrt.ops import reference
 from commrt.ops.dither import DIMENSION, LATTICES, NAN_CODE, SECOND_MOMENT
 from tests.native import cases
 from tests.native.test_threads import threads
@@ -91,20 +91,30 @@ def test_values_are_the_same_everywhere(lattice: str) -> None:
 
 
 @pytest.mark.parametrize("lattice", LATTICES)
-@pytest.mark.parametrize("dtype", FLOAT_DTYPES, ids=str)
-def test_rows_are_the_same_everywhere(lattice: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_groups", [1, 2, 9])
+def test_rows_are_the_same_everywhere(lattice: str, num_groups: int) -> None:
     for index, numel in enumerate(sizes(lattice)):
-        own, shared = hostile(numel, index).to(dtype), hostile(numel, index + 1)
-        rows_of_class = torch.arange(0, 16 * 64, 16, dtype=torch.int16)[: 1 + 9 * (index % 8)]
-        for mine, theirs in ((own, shared), (cases.unaligned(own), None), (None, shared)):
-            cases.run_everywhere(
-                ops.scale_rows, mine, theirs, 0.3, rows_of_class, empty_codes(numel), SEED,
-                base=230, first_index=8 * index, lattice=lattice,
-            )  # fmt: skip
-        cases.run_everywhere(
-            ops.scale_rows, None, None, 0.3, rows_of_class, empty_codes(numel), SEED,
-            base=0, lattice=lattice,
-        )  # fmt: skip
+        energies = hostile(numel, index)
+        classes, ends = first_rows(num_groups, 1 + 9 * (index % 8)), ends_of(numel, num_groups)
+        for given in (energies, cases.unaligned(energies), None):
+            for contexts in (None, empty_codes(numel)):
+                cases.run_everywhere(
+                    ops.scale_rows, given, classes, ends, empty_codes(numel), SEED, base=230,
+                    contexts=contexts, first_index=8 * index, lattice=lattice,
+                )  # fmt: skip
+
+
+def first_rows(num_groups: int, num_classes: int) -> Tensor:
+    numbers = torch.arange(num_groups * num_classes, dtype=torch.int16)
+    return 16 * numbers.view(num_groups, num_classes)
+
+
+def ends_of(numel: int, num_groups: int) -> Tensor:
+    """Of groups of any size, some of none."""
+    generator = torch.Generator().manual_seed(numel)
+    ends = torch.randint(numel + 1, (num_groups,), generator=generator).sort().values
+    ends[-1] = numel
+    return ends
 
 
 @pytest.mark.parametrize("first_index", [1, 3, 5, 30, 31, 2**34 - 33, 2**34 - 5, 2**40 + 7])
@@ -118,17 +128,16 @@ def test_a_window_begins_anywhere(first_index: int) -> None:
         cases.run_everywhere(
             ops.dither_dequantise, codes, values, values.clone(), 1.0, SEED, **options
         )
-        first_rows = torch.tensor([0, 16, 32], dtype=torch.int16)
         cases.run_everywhere(
-            ops.scale_rows, values, None, 0.0, first_rows, codes, SEED, base=250, **options
-        )
+            ops.scale_rows, values, first_rows(3, 3), ends_of(numel, 3), codes, SEED,
+            base=250, **options,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("lattice", LATTICES)
 def test_windows_make_the_whole(lattice: str) -> None:
     """Codes, values and rows of two windows: bit-identical to those of all."""
     values, predicted = normal(4096, seed=0), normal(4096, seed=1)
-    first_rows = torch.tensor([0, 16, 32], dtype=torch.int16)
     whole = [torch.zeros(4096, dtype=dtype) for dtype in (torch.int16, torch.float32, torch.int16)]
     parts = [tensor.clone() for tensor in whole]
 
@@ -137,7 +146,9 @@ def test_windows_make_the_whole(lattice: str) -> None:
         options = {"first_index": first_index, "lattice": lattice}
         ops.dither_quantise(values[window], predicted[window], codes, 0.5, SEED, **options)
         ops.dither_dequantise(codes, predicted[window], output, 0.5, SEED, **options)
-        ops.scale_rows(values[window], None, 0.0, first_rows, rows, SEED, base=250, **options)
+        ends = torch.tensor([max(0, 2000 - first_index), rows.numel()])
+        energies = values[window].square()
+        ops.scale_rows(energies, first_rows(2, 3), ends, rows, SEED, base=250, **options)
 
     run(whole, slice(None), 0)
     cut = 1000 if lattice == "e8" else 1003
@@ -171,23 +182,45 @@ def test_the_dither_is_of_philox() -> None:
     expected = (0.5 * (codes.double() - dither).float()).float()
     assert torch.equal(decoded(codes, 0.5, first_index=100), expected)
     rows = empty_codes(100)
-    ops.scale_rows(
-        None, None, 0.0, torch.tensor([7], dtype=torch.int16), rows, SEED, base=0, first_index=100
-    )
+    seven, ends = torch.full((1, 1), 7, dtype=torch.int16), torch.tensor([100])
+    ops.scale_rows(None, seven, ends, rows, SEED, base=0, first_index=100)
     assert torch.equal(rows - 7, (words >> 28).to(torch.int16))
     assert torch.equal((words >> 28).double(), (16 * (dither + 0.5)).floor())
 
 
 def test_classes_are_half_octaves_of_energy() -> None:
-    own = torch.tensor([0.0, 0.5, 1.0, 1.3, 1.5, 2.0, 1e30, torch.inf, torch.nan, -torch.nan])
-    shared = torch.tensor([1.0] + 9 * [0.0])
-    first_rows = torch.arange(0, 7 * 16, 16, dtype=torch.int16)
-    rows = empty_codes(10)
-    ops.scale_rows(own, shared, 0.25, first_rows, rows, SEED, base=250)
-    # Energies 1/4, 1/4, 1, 1.69, 2.25, 4: from 2 ** -2 on, the highest bit of the mantissa as well.
+    numbers = [0.0, 0.25, 1.0, 1.69, 2.25, 4.0, 1e60, torch.inf, torch.nan, -torch.nan]
+    energies, ends = torch.tensor(numbers), torch.tensor([10])
+    rows, contexts = empty_codes(10), empty_codes(10)
+    ops.scale_rows(energies, first_rows(1, 7), ends, rows, SEED, base=250, contexts=contexts)
+    # From 2 ** -2 on, the highest bit of the mantissa as well.
     assert (rows // 16).tolist() == [0, 0, 4, 5, 6, 6, 6, 6, 6, 6]
-    ops.scale_rows(own, shared, 0.25, first_rows, rows, SEED, base=253)
+    assert torch.equal(contexts, rows)
+    ops.scale_rows(energies, first_rows(1, 7), ends, rows, SEED, base=253)
     assert (rows // 16).tolist() == [0, 0, 1, 2, 3, 5, 6, 6, 6, 6]
+
+
+def test_each_group_has_rows_of_its_own() -> None:
+    """The last one also what is behind its end; groups without elements have none."""
+    rows, contexts = empty_codes(3000), empty_codes(3000)
+    ends = torch.tensor([1030, 1030, 1040, 1500])
+    energies = torch.full((3000,), 2.25)
+    classes = first_rows(4, 7)
+    ops.scale_rows(energies, classes, ends, rows, SEED, base=253, contexts=contexts)
+    expected = torch.tensor([3, 17, 24]).repeat_interleave(torch.tensor([1030, 10, 1960]))
+    assert torch.equal(rows // 16, expected.short())
+    assert torch.equal(contexts, rows % 16 + 16 * 3)
+
+
+@pytest.mark.parametrize("wrong", [[9, 3, 5], [-4, 2**40, 0], [7000, 7000, 7000]])
+def test_ends_that_are_wrong_name_no_other_memory(wrong: list[int]) -> None:
+    rows = cases.unaligned(empty_codes(3000))
+    for path, use in cases.paths().items():
+        with use:
+            ops.scale_rows(None, first_rows(3, 5), torch.tensor(wrong), rows, SEED, base=0)
+        around = rows.new_empty(0).set_(rows.untyped_storage())
+        assert around[0] == around[-1] == cases.FILL, path
+        assert set((rows // 16).tolist()) <= {0, 5, 10}, path
 
 
 def textbook_e8(x_B8: Tensor) -> Tensor:
@@ -335,12 +368,21 @@ def test_tensors_that_do_not_serve() -> None:
         ops.dither_dequantise(codes, None, flat[1:], 1.0, 0)
     with pytest.raises(ConfigError, match="predicted is on meta: must be on cpu, as codes is"):
         ops.dither_dequantise(codes, flat.to("meta"), flat, 1.0, 0)
-    with pytest.raises(ConfigError, match=r"own is torch\.float64: must be one of"):
-        ops.scale_rows(flat.double(), None, 0.0, codes, codes, 0, base=0)
-    with pytest.raises(ConfigError, match="rows_of_class has 65 elements: must have 1 to 64"):
-        ops.scale_rows(flat, None, 0.0, codes.repeat(6)[:65], codes, 0, base=0)
+    ends = torch.tensor([12])
+    with pytest.raises(ConfigError, match=r"energies is torch\.float64 \(12,\): must be torch\.f"):
+        ops.scale_rows(flat.double(), codes[None], ends, codes, 0, base=0)
+    with pytest.raises(ConfigError, match="contexts has 11 elements: must have 12, as rows has"):
+        ops.scale_rows(flat, codes[None], ends, codes, 0, base=0, contexts=codes[1:])
+    with pytest.raises(ConfigError, match="has 1 groups of 65 classes: must have"):
+        ops.scale_rows(flat, first_rows(1, 65), ends, codes, 0, base=0)
+    with pytest.raises(ConfigError, match="has 0 groups of 12 classes: must have"):
+        ops.scale_rows(flat, codes[None][:0], ends[:0], codes, 0, base=0)
+    with pytest.raises(ConfigError, match=r"rows_of_class is .*\(2, 6\): must be .* \(1, any\)"):
+        ops.scale_rows(flat, first_rows(2, 6), ends, codes, 0, base=0)
     with pytest.raises(ConfigError, match="rows_of_class is on meta: must be on cpu, as rows is"):
-        ops.scale_rows(flat, None, 0.0, codes.to("meta"), codes, 0, base=0)
+        ops.scale_rows(flat, codes[None].to("meta"), ends, codes, 0, base=0)
+    with pytest.raises(ConfigError, match=r"ends is torch\.int32"):
+        ops.scale_rows(flat, codes[None], ends.int(), codes, 0, base=0)
 
 
 def test_arguments_that_do_not_serve() -> None:
@@ -358,8 +400,5 @@ def test_arguments_that_do_not_serve() -> None:
         ops.dither_quantise(flat, None, codes, 1.0, 0, lattice="e8")
     with pytest.raises(ConfigError, match="8 elements from first_index=4 on: lattice='e8' needs"):
         ops.dither_quantise(flat[4:], None, codes[4:], 1.0, 0, first_index=4, lattice="e8")
-    for weight in (-0.5, torch.nan, torch.inf):
-        with pytest.raises(ConfigError, match=r"shared_weight=.*: must be in"):
-            ops.scale_rows(flat, None, weight, codes, codes, 0, base=0)
     with pytest.raises(ConfigError, match=r"base=512: must be in \[0, 512\)"):
-        ops.scale_rows(flat, None, 0.0, codes, codes, 0, base=512)
+        ops.scale_rows(flat, codes[None], torch.tensor([12]), codes, 0, base=512)

@@ -24,6 +24,8 @@ def arguments(name: str) -> tuple[Any, ...]:
     ops.patch_encode(flat, -flat, patch)
     codes = torch.arange(100, dtype=torch.int16)
     small = torch.ones(100, dtype=torch.int16)
+    firsts, ends = codes[:18].clone().view(2, 9), torch.tensor([30, 100])
+    weights, products = torch.ones(2, 2), torch.zeros(2, 5, dtype=torch.float64)
     coded, table, check = test_rans.sample(100, seed=0), test_rans.table(), test_rans.checks_of(1)
     words, length = torch.zeros(1, 108, dtype=torch.uint16), torch.tensor([108], dtype=torch.int32)
     return {
@@ -37,12 +39,16 @@ def arguments(name: str) -> tuple[Any, ...]:
         "patch_apply_": (-flat, patch),
         "dither_quantise": (flat, -flat, codes, 0.5, 7, 3, "z"),
         "dither_dequantise": (codes, None, flat, 0.5, 7, 3, "z"),
-        "scale_rows": (codes, flat, None, 0.5, codes[:9].clone(), 240, 7, 3, "z"),
+        "scale_rows": (codes, small, flat.abs(), firsts, ends, 240, 7, 3, "z"),
         "lmmse_combine": (flat.repeat(3, 1), torch.ones(3), flat.clone()),
         "polar_transform_": (torch.ones(2, 256, dtype=torch.uint8),),
         "polar_decode": polar_arguments(),
         "coset_llr": (flat, small, 1, torch.linspace(2, -2, 64), torch.zeros(100)),
         "coset_decode": (flat, small, 4, torch.zeros_like(small)),
+        "source_energies": (torch.zeros(100), flat, -flat, 0.3, [9, 10, 1, 10]),
+        "source_prediction": (torch.zeros(100), flat, None, weights, ends),
+        "source_products": (products, flat, flat.bfloat16(), -flat, ends),
+        "source_history": (flat.bfloat16(), flat, -flat, small, torch.ones(4)),
         "rans_encode": (*coded, table, 4, check, words, length),
         "rans_decode": (words, length, coded[1], table, 4, coded[0], check, length.clone()),
     }[name]

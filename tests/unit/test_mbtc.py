@@ -469,16 +469,18 @@ def test_steps_are_bounded_where_they_are_read() -> None:
 
 
 def test_predictions() -> None:
+    layout = Layout({"first": (400,), "second": (600,)})
     generator = torch.Generator().manual_seed(0)
     previous, own = (torch.randn(1000, generator=generator) for _ in range(2))
     sources = Sources(previous, own.bfloat16())
     update = 0.5 * previous - 0.25 * own
-    found = side.fit(update, sources)
+    [found] = side.fit(layout, update, sources)
     assert found == Coefficients(32, -16)
-    predicted = torch.empty(1000)
-    side.predict(found, sources, predicted)
+    predicted = side.prediction(layout, sources, [found])
     assert float((predicted - update).square().mean()) < 1e-5
-    assert side.fit(update, Sources(None, None)) == Coefficients()
+    assert side.fit(layout, update, Sources(previous, None)) == [Coefficients(32, 0)]
+    assert side.fit(layout, update, Sources(None, None)) == [Coefficients()]
+    assert side.fit(layout, update, Sources(None, torch.zeros(1000))) == [Coefficients()]
     packed = side.pack([found, Coefficients(1, -128 + 1)], sources)
     assert side.unpack(Reader(packed), sources, 2) == [found, Coefficients(1, -127)]
     alone = Sources(previous, None)

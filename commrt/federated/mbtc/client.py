@@ -71,9 +71,7 @@ class MbtcClient(Client):
             )
         told = self._told(round_index, parameters)
         sources, digests = self._sources(told, previous)
-        coefficients = [
-            side.fit(group.of(update), sources.of(group)) for group in self._layout.groups
-        ]
+        coefficients = side.fit(self._layout, update, sources)
         predicted = side.prediction(self._layout, sources, coefficients)
         step, own = told.step, self._own_step(update)
         least = self._least_step(update, predicted)

@@ -24,7 +24,7 @@ from commrt.codecs.points import Scales, decode_points, encode_points, scalar_co
 from commrt.errors import WireFormatError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import side
-from commrt.federated.mbtc.parameters import NUM_CLASSES, Plane
+from commrt.federated.mbtc.parameters import Plane
 from commrt.federated.mbtc.planes import num_blocks
 from commrt.federated.mbtc.side import History, Sources
 from commrt.federated.wire import context_of
@@ -82,8 +82,7 @@ class Coding(NamedTuple):
 
     def remember(self, decoded: Tensor) -> History:
         """What is kept of a decoded update (N,) for the next prediction."""
-        kept = side.shrink_(decoded.clone(), self.predicted, self.rows).bfloat16()
-        return History(kept, side.digest(kept))
+        return side.remember(decoded, self.predicted, self.rows)
 
     def scalar(self, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and contexts, int16 (N,), as a scalar quantizer has them, to learn tables from."""
@@ -152,28 +151,18 @@ def coding(
     seed: int,
 ) -> Coding:
     """What :class:`Coding` has, from what was told and what was sent."""
-    contexts = _contexts(layout, side.energies(layout, sources), step, seed)
-    rows = rows_of(layout, contexts, tables)
+    rows = torch.empty(layout.numel, dtype=torch.int16)
+    contexts = torch.empty_like(rows)
+    energies, base = side.energies(layout, sources), _lowest_class(step)
+    ops.scale_rows(energies, tables, layout.ends, rows, seed, base=base, contexts=contexts)
     return Coding(codec.lattice, step, seed, predicted, contexts, rows)
 
 
 def rows_of(layout: Layout, contexts: Tensor, tables: Tensor) -> Tensor:
     """The row of each element, int16 (N,), where its group's classes have these first rows."""
-    phases = torch.arange(NUM_PHASES, dtype=torch.int16)
-    rows = torch.empty_like(contexts)
-    for group, firsts in zip(layout.groups, tables, strict=True):
-        by_context = (firsts[:, None] + phases).view(-1)
-        torch.index_select(by_context, 0, group.of(contexts).int(), out=group.of(rows))
-    return rows
-
-
-def _contexts(layout: Layout, energy: Tensor | None, step: float, seed: int) -> Tensor:
-    """Of each element its class * 16 + phase, int16 (N,): by its energy beside a step's."""
-    contexts = torch.empty(layout.numel, dtype=torch.int16)
-    root = None if energy is None else energy.sqrt()
-    firsts = torch.arange(0, NUM_CLASSES * NUM_PHASES, NUM_PHASES, dtype=torch.int16)
-    ops.scale_rows(None, root, 1.0, firsts, contexts, seed, base=_lowest_class(step))
-    return contexts
+    classes, phases = contexts // NUM_PHASES, contexts % NUM_PHASES
+    parts = zip(layout.groups, tables, strict=True)
+    return phases + torch.cat([firsts[group.of(classes).int()] for group, firsts in parts])
 
 
 def coded_alone(layout: Layout, planes: Sequence[Sequence[Plane]], block: int) -> list[slice]:

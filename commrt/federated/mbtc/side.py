@@ -13,27 +13,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from commrt import ops
 from commrt.codecs.code_tables import (
-    NUM_PHASES,
-    NUM_ROWS,
     NUM_SCALES,
     SCALES_PER_OCTAVE,
     UNIT_SCALE,
 )
 from commrt.errors import StateError
-from commrt.federated.layout import Group, Layout
+from commrt.federated.layout import Layout
 from commrt.federated.wire import Reader
+from commrt.ops.sources import NUM_PRODUCTS
 
 # Coefficients are sent as signed bytes, in 64ths.
 COEFFICIENT_UNIT = 64
 # Of the global update's energy beside that of the client's own last one.
 SHARED_WEIGHT = 0.3
-# Energies are summed in so many bits, so that 2**29 of them fit an integer.
-ENERGY_BITS = 34
-# Of an element: what the least leaves out, some machines take for zero.
-LEAST_ENERGY, MOST_ENERGY = 2.0**-100, 2.0**100
-# So that a client whose updates grow and grow comes to an end.
-MOST_PREDICTED = 2.0**64
+# Of least squares, in units of the sources' energy.
+RIDGE = 1e-9
 # Of the rounding's error, in steps squared.
 ROUNDING = 1 / 12
 
@@ -82,10 +78,6 @@ class Sources(NamedTuple):
     previous: Tensor | None
     own: Tensor | None
 
-    def of(self, group: Group) -> "Sources":
-        """The parts of a group."""
-        return Sources(*(None if source is None else group.of(source) for source in self))
-
     @property
     def is_empty(self) -> bool:
         """Whether there is nothing to predict from."""
@@ -97,98 +89,78 @@ def digest(flat: Tensor | None) -> int:
     return 0 if flat is None else zlib.crc32(flat.view(torch.uint8).cpu().numpy().data)
 
 
-def fit(update: Tensor, sources: Sources) -> Coefficients:
-    """The coefficients of least squares; only the client, who sends them, works them out."""
-    there = [index for index, source in enumerate(sources) if source is not None]
-    found = [0, 0]
-    if there:
-        regressors = torch.stack([_present(sources[index]).double() for index in there])
-        gram = regressors @ regressors.T
-        ridge = 1e-9 * gram.diagonal().sum() + torch.finfo(torch.float64).tiny
-        gram += ridge * torch.eye(len(there), dtype=torch.float64, device=gram.device)
-        solved = torch.linalg.solve(gram, regressors @ update.double())
-        for index, value in zip(there, (COEFFICIENT_UNIT * solved).round().tolist(), strict=True):
-            found[index] = int(max(-127, min(127, value)))
-    return Coefficients(*found)
+def fit(layout: Layout, update: Tensor, sources: Sources) -> list[Coefficients]:
+    """Each group's coefficients of least squares; only the client, who sends them, works them out.
+
+    Args:
+        layout: Of all.
+        update: fp32 (N,).
+        sources: See there.
+    """
+    if sources.is_empty:
+        return [Coefficients()] * len(layout.groups)
+    products = torch.empty(len(layout.groups), NUM_PRODUCTS, dtype=torch.float64)
+    ops.source_products(update, sources.previous, sources.own, layout.ends, products)
+    return [_solved(*row) for row in products.tolist()]
+
+
+def _solved(
+    previous: float, both: float, own: float, previous_update: float, own_update: float
+) -> Coefficients:
+    """By Cramer's rule, of inner products in units of the sources' energy."""
+    energy = previous + own
+    if not energy:
+        return Coefficients()
+    previous, both, own = previous / energy + RIDGE, both / energy, own / energy + RIDGE
+    previous_update, own_update = previous_update / energy, own_update / energy
+    determinant = previous * own - both * both
+    return Coefficients(
+        _in_units((previous_update * own - own_update * both) / determinant),
+        _in_units((own_update * previous - previous_update * both) / determinant),
+    )
+
+
+def _in_units(coefficient: float) -> int:
+    return round(max(-127.0, min(127.0, COEFFICIENT_UNIT * coefficient)))
 
 
 def prediction(layout: Layout, sources: Sources, coefficients: Sequence[Coefficients]) -> Tensor:
-    """Of all groups, fp32 (N,)."""
+    """Of all groups, fp32 (N,), within :data:`~commrt.ops.sources.MOST_PREDICTED`."""
     predicted = torch.empty(layout.numel)
-    for group, each in zip(layout.groups, coefficients, strict=True):
-        predict(each, sources.of(group), group.of(predicted))
+    weights = torch.tensor(coefficients, dtype=torch.float32).div_(COEFFICIENT_UNIT)
+    ops.source_prediction(sources.previous, sources.own, weights, layout.ends, predicted)
     return predicted
 
 
-def predict(coefficients: Coefficients, sources: Sources, out: Tensor) -> None:
-    """Write the prediction of a group into ``out``, fp32, within ``MOST_PREDICTED``."""
-    out.zero_()
-    for coefficient, source in zip(coefficients, sources, strict=True):
-        if coefficient and source is not None:
-            out.add_(source.float() * (coefficient / COEFFICIENT_UNIT))
-    out.clamp_(-MOST_PREDICTED, MOST_PREDICTED)
-
-
 def energies(layout: Layout, sources: Sources) -> Tensor | None:
-    """How large each element's error is likely to be, squared and up to a factor; fp32 (N,).
-
-    The energy of what there is at the element itself, and as much again of what the rows and
-    columns of its tensor would have there if they were independent.
-    """
+    """How large each element's error is likely to be, squared and up to a factor; fp32 (N,)."""
     if sources.is_empty:
         return None
-    energy = None
-    for source, weight in ((sources.own, 1.0), (sources.previous, SHARED_WEIGHT)):
-        if source is not None:
-            part = source.float()
-            part = (part * part).mul_(weight)
-            energy = part if energy is None else energy.add_(part)
-    assert energy is not None
-    energy.clamp_(LEAST_ENERGY, MOST_ENERGY)
-    for part, shape in zip(layout.parts(energy), layout.shapes.values(), strict=True):
-        if len(shape) > 1 and part.numel():
-            matrix = part.view(shape[0], -1)
-            matrix.add_(_spread(matrix))
-        else:
-            part.mul_(2)
-    return energy
+    found = torch.empty(layout.numel)
+    ops.source_energies(sources.previous, sources.own, SHARED_WEIGHT, layout.matrices, found)
+    return found
 
 
-def _spread(energy: Tensor) -> Tensor:
-    """The product of each row's and each column's share, with the sum of ``energy`` (R, C)."""
-    largest = energy.amax().double()
-    unit = torch.ldexp(torch.ones_like(largest), ENERGY_BITS - torch.frexp(largest).exponent)
-    whole = (energy.double() * unit).to(torch.int64)
-    rows, cols = whole.sum(dim=1, keepdim=True), whole.sum(dim=0, keepdim=True)
-    total = rows.sum().clamp(min=1)
-    return (rows.double() / total.double() / unit).float() * cols.float()
-
-
-def shrink_(update: Tensor, predicted: Tensor, rows: Tensor) -> Tensor:
-    """Move ``update`` towards what was predicted, by how much of their difference is noise.
+def remember(decoded: Tensor, predicted: Tensor, rows: Tensor) -> History:
+    """What is kept of a decoded update (N,): its difference to what was predicted has less noise.
 
     ``rows`` are those of its tables, which tell the variance.
     """
-    shares = _shares_on(update.device)
-    return update.sub_(predicted).mul_(shares[rows.long()]).add_(predicted)
+    kept = torch.empty(decoded.shape, dtype=torch.bfloat16)
+    ops.source_history(decoded, predicted, rows, _shares(), kept)
+    return History(kept, digest(kept))
 
 
 @functools.cache
-def _shares_on(device: torch.device) -> Tensor:
-    """Of a difference, what is signal, by row: fp32 (NUM_ROWS,)."""
+def _shares() -> Tensor:
+    """Of a difference, what is signal, by the scale of its table: fp32 (NUM_SCALES,)."""
     root = math.sqrt(2.0)
     shares = []
     for scale in range(NUM_SCALES):
         halves = 4 * (scale - UNIT_SCALE) // SCALES_PER_OCTAVE
         variance = math.ldexp(root if halves % 2 else 1.0, halves // 2)
         shares.append(variance / (variance + ROUNDING))
-    by_scale = torch.tensor(shares, dtype=torch.float32, device=device)
-    return by_scale.repeat_interleave(NUM_PHASES).repeat(NUM_ROWS // (NUM_SCALES * NUM_PHASES))
-
-
-def _present(source: Tensor | None) -> Tensor:
-    assert source is not None
-    return source
+    return torch.tensor(shares, dtype=torch.float32)
 
 
 def pack(coefficients: Sequence[Coefficients], sources: Sources) -> bytes:

@@ -4,15 +4,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from commrt.ops.native.module import DTYPE_CODE, native, where
+from commrt.ops.native.module import native, where
 
 SCHEMAS = (
     "dither_quantise(Tensor values, Tensor? predicted, Tensor(a!) codes, float step, int seed, "
     "int first_index, str lattice) -> ()",
     "dither_dequantise(Tensor codes, Tensor? predicted, Tensor(a!) values, float step, int seed, "
     "int first_index, str lattice) -> ()",
-    "scale_rows(Tensor(a!) rows, Tensor? own, Tensor? shared, float shared_weight, "
-    "Tensor rows_of_class, int base, int seed, int first_index, str lattice) -> ()",
+    "scale_rows(Tensor(a!) rows, Tensor(b!)? contexts, Tensor? energies, Tensor rows_of_class, "
+    "Tensor ends, int base, int seed, int first_index, str lattice) -> ()",
     "lmmse_combine(Tensor stack, Tensor weights, Tensor(a!) out) -> ()",
 )
 
@@ -67,10 +67,10 @@ def dither_dequantise(
 
 def scale_rows(
     rows: Tensor,
-    own: Tensor | None,
-    shared: Tensor | None,
-    shared_weight: float,
+    contexts: Tensor | None,
+    energies: Tensor | None,
     rows_of_class: Tensor,
+    ends: Tensor,
     base: int,
     seed: int,
     first_index: int,
@@ -78,13 +78,13 @@ def scale_rows(
 ) -> None:
     """See :func:`commrt.ops.scale_rows`."""
     native.scale_rows(
-        _address(own),
-        0 if own is None else DTYPE_CODE[own.dtype],
-        _address(shared),
-        shared_weight,
+        _address(energies),
         rows_of_class.data_ptr(),
-        rows_of_class.numel(),
+        rows_of_class.shape[1],
+        ends.data_ptr(),
+        ends.numel(),
         base,
+        _address(contexts),
         rows.data_ptr(),
         rows.numel(),
         native.Dither(_LATTICE_CODE[lattice], seed, first_index),

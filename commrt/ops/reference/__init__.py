@@ -26,6 +26,12 @@ from commrt.ops.reference.dither import (
 from commrt.ops.reference.patches import patch_apply_, patch_encode
 from commrt.ops.reference.polar import coset_decode, coset_llr, polar_decode, polar_transform_
 from commrt.ops.reference.rans import rans_decode, rans_encode
+from commrt.ops.reference.sources import (
+    source_energies,
+    source_history,
+    source_prediction,
+    source_products,
+)
 from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
 
 __all__ = [
@@ -57,5 +63,9 @@ __all__ = [
     "rans_encode",
     "rescale_",
     "scale_rows",
+    "source_energies",
+    "source_history",
+    "source_prediction",
+    "source_products",
     "square_sums",
 ]

@@ -54,24 +54,23 @@ def dither_dequantise(
 
 def scale_rows(
     rows: Tensor,
-    own: Tensor | None,
-    shared: Tensor | None,
-    shared_weight: float,
+    contexts: Tensor | None,
+    energies: Tensor | None,
     rows_of_class: Tensor,
+    ends: Tensor,
     base: int,
     seed: int,
     first_index: int,
     lattice: str,
 ) -> None:
     """See :func:`commrt.ops.scale_rows`."""
-    energy = torch.zeros(rows.numel(), device=rows.device)
-    if own is not None:
-        energy = own.float() * own.float()
-    if shared is not None:
-        energy = energy + torch.tensor(shared_weight, dtype=torch.float32) * (shared * shared)
+    energy = torch.zeros(rows.numel(), device=rows.device) if energies is None else energies
     half_octave = (energy.view(torch.int32) & 0x7FFFFFFF) >> 22  # a NaN may have a sign
-    index = (half_octave - base).clamp(0, rows_of_class.numel() - 1)
-    rows.copy_(rows_of_class[index.long()] + _phase(rows, seed, first_index, lattice))
+    index = (half_octave - base).clamp(0, rows_of_class.shape[1] - 1)
+    phase = _phase(rows, seed, first_index, lattice)
+    rows.copy_(rows_of_class[groups_of(rows, ends), index] + phase)
+    if contexts is not None:
+        contexts.copy_(PHASES * index + phase)
 
 
 def lmmse_combine(stack: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -144,6 +143,12 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     is_rounded = total.isfinite() & (rest != 0) & (bits % 2 == 0)
     away = torch.where((rest > 0) == (total > 0), 1, -1)
     return torch.where(is_rounded, bits + away, bits).view(torch.float64).float()
+
+
+def groups_of(like: Tensor, ends: Tensor) -> Tensor:
+    """Of each element the group that it is of, int64."""
+    places = torch.arange(like.numel(), device=like.device)
+    return torch.searchsorted(ends, places, right=True).clamp(max=ends.numel() - 1)
 
 
 def _dither(like: Tensor, seed: int, first_index: int, lattice: str) -> Tensor:
