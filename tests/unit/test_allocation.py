@@ -307,7 +307,7 @@ def test_the_bound_falls_with_every_distortion(xp) -> None:
 @pytest.mark.parametrize("count", [1, 3, 40])
 @pytest.mark.parametrize("nmse", [1e-3, 0.3, 20.0])
 def test_independent_clients(count: int, nmse: float) -> None:
-    """In closed form what passes over all covariances find; and none who does not vary has a say."""
+    """In closed form, what passes over all covariances find."""
     rng = np.random.default_rng(count)
     variances, weights = rng.uniform(0, 2, count) ** 3, rng.uniform(0.1, 1, count)
     variances[1:2], weights[2:3] = 0.0, 0.0
