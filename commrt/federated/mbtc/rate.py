@@ -1,6 +1,7 @@
 """How fine each client's quantizer is in the next round: for a distortion, or for bits to spend."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +43,9 @@ class Energy(NamedTuple):
 
     update: float
     residual: float
+
+
+_USUAL = Energy(1.0, 1.0)
 
 
 class Coded(NamedTuple):
@@ -115,7 +119,7 @@ class RateControl:
     def learn(self, coded: Mapping[int, Coded]) -> None:
         """Take what a round's updates tell, by client."""
         energies = np.array([each.energy for each in coded.values()])
-        noise = float(np.mean([each.noise for each in coded.values()]))
+        noise = statistics.fmean(each.noise for each in coded.values())
         # Of what is measured of one update: of a mean of noise that is known but for its draw.
         deviation = noise * math.sqrt(2 / self._numel)
         # The median, since one client that is far off, or says so, is not to decide for all.
@@ -126,18 +130,27 @@ class RateControl:
         self._level = level = Energy(*np.maximum(before + news * (found - before), least).tolist())
         if found[0] <= least:
             return  # such a round says nothing of others
+        self._learn_relative(list(coded), energies, deviation / level.update)
+        self._learn_excess(coded)
+
+    def _learn_relative(self, clients: Sequence[int], energies: Floats, deviation: float) -> None:
+        known = np.array([self._relative.get(client, _USUAL) for client in clients])
+        fresh = np.clip(energies / np.array(self._level), LEAST_RELATIVE, MOST_RELATIVE)
+        news = _credibility(fresh, known, deviation)
+        news[[client in self._relative for client in clients]] *= NEWS
+        moved = (known + news * (fresh - known)).tolist()
+        self._relative |= {
+            client: Energy(*each) for client, each in zip(clients, moved, strict=True)
+        }
+
+    def _learn_excess(self, coded: Mapping[int, Coded]) -> None:
+        nothing = (0.0, 0.0)
         for client, each in coded.items():
-            relative = np.array(self._relative.get(client, Energy(1.0, 1.0)))
-            fresh = np.clip(np.array(each.energy) / level, LEAST_RELATIVE, MOST_RELATIVE)
-            news = _credibility(fresh, relative, deviation / level.update)
-            if client in self._relative:
-                news *= NEWS
-            self._relative[client] = Energy(*(relative + news * (fresh - relative)).tolist())
-            rate, variance = (0.0, 0.0) if each.is_chosen else self._planned.get(client, (0.0, 0.0))
+            rate, variance = nothing if each.is_chosen else self._planned.get(client, nothing)
             # What is more to say, or less, than was planned for is no excess.
             now = self._energy(client).residual
             rate += math.log2((1 + now / each.noise) / (1 + variance / each.noise)) / 2
-            excess = float(np.clip(each.bits - rate, LEAST_EXCESS, MOST_BITS))
+            excess = max(LEAST_EXCESS, min(MOST_BITS, each.bits - rate))
             known = self._excess.get(client, excess)
             self._excess[client] = known + NEWS * (excess - known)
         self._usual_excess = sum(self._excess[client] for client in coded) / len(coded)
@@ -189,7 +202,7 @@ class RateControl:
     def _energy(self, client: int) -> Energy:
         """What is expected of a client."""
         assert self._level is not None
-        relative = self._relative.get(client, Energy(1.0, 1.0))
+        relative = self._relative.get(client, _USUAL)
         return Energy(*(each * of for each, of in zip(relative, self._level, strict=True)))
 
 

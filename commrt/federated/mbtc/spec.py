@@ -1,6 +1,7 @@
 """The codec's settings, and the two ends that it makes."""
 
 import dataclasses
+import functools
 
 from commrt.errors import ConfigError
 from commrt.federated.layout import Layout
@@ -82,7 +83,7 @@ class Mbtc(Uplink):
         if not self.least_gain >= 0:
             raise ConfigError(f"least_gain={self.least_gain!r}: must be at least 0")
 
-    @property
+    @functools.cached_property
     def spec(self) -> str:
         """``mbtc:key=value,...`` with what is not the default."""
         told = (
