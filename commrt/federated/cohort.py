@@ -105,6 +105,7 @@ class RoundServer(Server):
     """
 
     def __init__(self, peers: Peers = ALONE) -> None:
+        super().__init__()
         self._round: Round | None = None
         self._peers = peers
         self.is_shared = peers.size > 1

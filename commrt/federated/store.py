@@ -22,7 +22,7 @@ from commrt.errors import ConfigError, StateError
 State = dict[str, Any]
 _HEAD = struct.Struct("<QI")  # bytes that follow, and their CRC-32
 _PLAIN_BYTES = 32  # of a number and of what holds it, about
-_UNREADABLE = (OSError, struct.error, RuntimeError, EOFError, UnpicklingError, ValueError)
+UNREADABLE = (OSError, struct.error, RuntimeError, EOFError, UnpicklingError, ValueError)
 
 
 class StateStore(MutableMapping[int, State]):
@@ -63,7 +63,7 @@ class StateStore(MutableMapping[int, State]):
         try:
             with path.open("rb") as file:
                 return read_state(file)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             raise StateError(
                 f"{path}, state of client {client}, cannot be read: {error}"
             ) from error
@@ -89,6 +89,11 @@ class StateStore(MutableMapping[int, State]):
 
     def __len__(self) -> int:
         return len(self._memory) + len(self._files)
+
+    def clear(self) -> None:
+        """Forget all, and read nothing for it."""
+        for client in list(self):
+            self._forget(client)
 
     @property
     def num_files(self) -> int:

@@ -2,7 +2,7 @@
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -68,7 +68,7 @@ class Client(abc.ABC):
 
         Args:
             round_index: The round, from 0.
-            update: Flat, of the layout's elements; all finite.
+            update: Flat, of the layout's elements; all finite. It may be overwritten afterwards.
             parameters: What the server's ``begin`` returned for this client.
             previous: The global update of the round before, to the bit as the server has it; None
                 where this client does not know it.
@@ -77,6 +77,14 @@ class Client(abc.ABC):
             ConfigError: The update has another shape or is not finite.
             WireFormatError: ``parameters`` is damaged or of another round or client.
         """
+
+    @property
+    def may_be_asked(self) -> bool:
+        """Whether the server may ask for more of the update encoded last.
+
+        If not, :meth:`state_dict` has all that is needed to go on, within a round as well.
+        """
+        return type(self).answer is not Client.answer
 
     def answer(self, request: bytes) -> bytes:
         """What the server lacks of the update encoded last.
@@ -108,9 +116,14 @@ class Server(abc.ABC):
 
     Attributes:
         is_shared: Whether every peer decodes a part of the updates.
+        histories: What this peer keeps of each client that it is home to. Another mapping, such as
+            :class:`~commrt.federated.store.StateStore`, may take its place before the first round.
     """
 
     is_shared = False
+
+    def __init__(self) -> None:
+        self.histories: MutableMapping[int, dict[str, Any]] = {}
 
     def home(self, client: int) -> int:
         """The peer that decodes a client's updates."""
@@ -159,16 +172,18 @@ class Server(abc.ABC):
             StateError: Nothing arrived.
         """
 
-    def state_dict(self) -> dict[str, Any]:
-        """What the server remembers from round to round."""
+    def state_dict(self, *, with_histories: bool = True) -> dict[str, Any]:
+        """What the server remembers from round to round; of peers, the first one's counts.
+
+        Args:
+            with_histories: Or without ``histories``, for who saves and restores these.
+        """
+        del with_histories
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` returned, on the first peer and on the others.
-
-        There may be another number of peers now.
-        """
-        if any((state, *others)):
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what :meth:`state_dict` returned."""
+        if state:
             raise ConfigError(f"state has {sorted(state)}: this codec's server remembers nothing")
 
 

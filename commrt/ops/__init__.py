@@ -3,8 +3,8 @@
 Gradients to payloads and back, in this file; the steps of optimizers, which work on lists of
 :class:`StepTensor`, in :mod:`commrt.ops.steps`; what changed of weights, in
 :mod:`commrt.ops.patches`; subtractive dither, in :mod:`commrt.ops.dither`; integers by their
-probabilities, in :mod:`commrt.ops.rans`; polar codes and cosets, in :mod:`commrt.ops.polar`; what both ends of an
-update know before it is sent, in :mod:`commrt.ops.sources`.
+probabilities, in :mod:`commrt.ops.rans`; polar codes and cosets, in :mod:`commrt.ops.polar`; what
+both ends of an update know before it is sent, in :mod:`commrt.ops.sources`.
 
 Ops write into tensors the caller allocated, never allocate or synchronise, and work on windows of
 whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tensor lie at blocks

@@ -40,6 +40,10 @@ class ClientsConfig:
         partition: See :func:`commrt.simulation.partition.partition`.
         least: Examples of each.
         importance: Of a client in the mean: ``"examples"``, as many as it has, or ``"equal"``.
+        state_mb: Of what clients remember from round to round, so many MB are in memory, on each
+            rank; the rest is in files.
+        state_folder: Where these are; default, where temporary files go, which should not be
+            memory, as it is on some machines.
 
     Raises:
         ConfigError: A value out of range.
@@ -49,12 +53,18 @@ class ClientsConfig:
     partition: str = "iid"
     least: int = 1
     importance: str = "examples"
+    state_mb: float = math.inf
+    state_folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError(f"count is {self.count}: must be at least 1")
         if self.importance not in ("examples", "equal"):
             raise ConfigError(f"importance is {self.importance!r}: must be examples or equal")
+        if not self.state_mb >= 0:
+            raise ConfigError(f"state_mb is {self.state_mb}: must be at least 0")
+        if self.state_folder is not None and not self.state_folder.is_dir():
+            raise ConfigError(f"state_folder is {str(self.state_folder)!r}: must be a folder")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from commrt.federated import Layout, Server, Uplink
+from commrt.federated.store import StateStore
 from commrt.simulation.steps import Aggregate, Start
 from commrt.simulation.transport import Ranks
 
@@ -23,6 +24,7 @@ class Exchange(abc.ABC):
     Attributes:
         has_rounds: Whether clients predict from the mean of the round before.
         figures: Of what was decoded last, at the first rank.
+        histories: What this rank's server keeps of each client; :meth:`state_dict` is without it.
     """
 
     has_rounds: bool
@@ -31,6 +33,7 @@ class Exchange(abc.ABC):
         self._uplink, self._layout, self._seed, self._ranks = uplink, layout, seed, ranks
         self._payloads: dict[int, bytes] = {}
         self.figures: dict[str, float] = {}
+        self.histories = StateStore()
 
     @abc.abstractmethod
     def begin(self, step: Start, previous: Tensor | None) -> dict[int, bytes]:
@@ -79,15 +82,24 @@ class Rounds(Exchange):
         seed: Of what is drawn.
         ranks: Of the run.
         shares: Of each client in the mean.
+        histories: Takes what the server keeps of each client.
     """
 
     has_rounds = True
 
     def __init__(
-        self, uplink: Uplink, layout: Layout, seed: int, ranks: Ranks, shares: Mapping[int, float]
+        self,
+        uplink: Uplink,
+        layout: Layout,
+        seed: int,
+        ranks: Ranks,
+        *,
+        shares: Mapping[int, float],
+        histories: StateStore,
     ) -> None:
         super().__init__(uplink, layout, seed, ranks)
         self._server = uplink.server(layout, seed=seed, peers=ranks)
+        self._server.histories = self.histories = histories
         self._shares = shares
 
     def home(self, client: int) -> int:
@@ -130,12 +142,12 @@ class Rounds(Exchange):
 
     def state_dict(self) -> dict[str, Any]:
         """See :meth:`Exchange.state_dict`."""
-        return {**super().state_dict(), "server": self._server.state_dict()}
+        return {**super().state_dict(), "server": self._server.state_dict(with_histories=False)}
 
     def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
         """See :meth:`Exchange.load_state_dicts`."""
         super().load_state_dicts(states)
-        self._server.load_state_dict(*(state["server"] for state in states))
+        self._server.load_state_dict(states[0]["server"])
 
 
 class Singles(Exchange):

@@ -47,7 +47,7 @@ def run_job(
         StateError: No checkpoint to go on from, or one of other settings.
     """
     ranks = all_ranks()
-    with _failing_together(ranks, (ConfigError, StateError)):
+    with _failing_together(ranks), _agreeing(ranks):
         # A result must not depend on how many threads a machine has.
         torch.set_num_threads(1)
         settings = Config.load(config, assignments)
@@ -67,20 +67,50 @@ def run_job(
     return 0
 
 
+class _MistakeError(Exception):
+    """A mistake that all ranks know of.
+
+    Args:
+        mistake: This rank's own, or one that says whose it is.
+    """
+
+    def __init__(self, mistake: Exception) -> None:
+        super().__init__(str(mistake))
+        self.mistake = mistake
+
+
 @contextlib.contextmanager
-def _failing_together(ranks: Ranks, mistakes: tuple[type[Exception], ...] = ()) -> Iterator[None]:
-    """A rank that fails says why and ends all; mistakes that all ranks find are said by one."""
+def _failing_together(ranks: Ranks) -> Iterator[None]:
+    """A rank that fails says why and ends all; mistakes that all know of are said by one."""
     try:
         yield
-    except mistakes:
+    except _MistakeError as known:
         if ranks.is_root:
-            raise
+            raise known.mistake from None
         sys.exit(2)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
         ranks.abort()
         raise
+
+
+@contextlib.contextmanager
+def _agreeing(ranks: Ranks) -> Iterator[None]:
+    """Where one rank finds a mistake, all know; there must be nothing between ranks within.
+
+    Raises:
+        _MistakeError: A rank has found one.
+    """
+    own: Exception | None = None
+    try:
+        yield
+    except (ConfigError, StateError) as error:
+        own = error
+    said = ranks.all_gather(repr(own).encode() if own else b"")
+    if any(said):
+        first = next(rank for rank, each in enumerate(said) if each)
+        raise _MistakeError(own or StateError(f"rank {first}: {said[first].decode()}"))
 
 
 @contextlib.contextmanager

@@ -4,17 +4,21 @@ Every rank carries out the same schedule. A client belongs to one rank, which tr
 what it remembers; payloads go to the first rank, which decodes, and what it decoded goes to all.
 """
 
+import copy
 import dataclasses
+import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from commrt.errors import ConfigError, StateError
 from commrt.federated import Client, parse_uplink
 from commrt.federated.secure import SecureUplink
+from commrt.federated.store import StateStore
 from commrt.metrics import Row
 from commrt.simulation import checkpoint, data
 from commrt.simulation.aggregation import make_schedule
@@ -30,6 +34,7 @@ from commrt.simulation.traces import Traces
 from commrt.simulation.transport import Ranks
 
 Report = Callable[[Row], None]
+_TRAINED_BYTES = 256 << 20  # of updates that wait to be encoded
 
 
 class Run:
@@ -42,9 +47,9 @@ class Run:
     Raises:
         ConfigError: Settings that do not go together.
 
-    Cost: on every rank the data, the models that somebody trains on, and ``chunk`` clients'
-    weights; with an uplink that remembers, its memory for the rank's clients, and all of it once
-    more at the first rank.
+    Cost: on every rank the data, the models that somebody trains on, ``chunk`` clients' weights,
+    and 256 MB of updates; with an uplink that remembers, its memory for the rank's clients, up to
+    ``clients.state_mb``, and at the first rank what its server remembers.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -66,7 +71,9 @@ class Run:
         self._server = ServerStep(config.server, self.layout, self.training.start(config.run.seed))
         self._models = {0: self._server.weights}
         self._previous: Tensor | None = None
-        self._clients: dict[int, Client] = {}
+        self._states = self._store()
+        # Those that the server may ask for more in the running round.
+        self._answering: dict[int, Client] = {}
         self._privacy = Privacy(
             config.privacy,
             policy=config.schedule,
@@ -119,11 +126,10 @@ class Run:
 
         Ranks: all, together.
         """
-        own = {
-            "clients": {client: each.state_dict() for client, each in self._clients.items()},
-            "exchange": self._exchange.state_dict(),
-        }
-        parts, _ = self._ranks.deliver({self._ranks.rank: checkpoint.pack(own)}, lambda _: 0)
+        self._close_round()
+        files = self._save_parts(folder)
+        exchange = checkpoint.pack(self._exchange.state_dict())
+        parts = self._ranks.all_gather(exchange)
         if not self._ranks.is_root:
             return
         state = {
@@ -134,9 +140,11 @@ class Run:
             "previous": self._previous,
             "lost": self._lost,
             "privacy": self._privacy.state_dict(),
-            "ranks": [parts[rank] for rank in range(self._ranks.size)],
+            "exchange": parts,
+            "files": files,
         }
         checkpoint.write(folder, state)
+        checkpoint.remove_others(folder, files)
 
     def resume(self, folder: Path) -> None:
         """Go on from the checkpoint in a folder, with any number of ranks.
@@ -152,39 +160,84 @@ class Run:
             )
         self.schedule.load_state_dict(state["schedule"])
         self._server.load_state_dict(state["server"])
-        self._models, self._previous = dict(state["models"]), state["previous"]
-        parts = [checkpoint.unpack(packed) for packed in state["ranks"]]
-        self._exchange.load_state_dicts([part["exchange"] for part in parts])
+        # Copies, since they would be mapped from a file that others replace.
+        self._models, self._previous = copy.deepcopy((state["models"], state["previous"]))
+        self._exchange.load_state_dicts([checkpoint.unpack(part) for part in state["exchange"]])
         self._lost = state["lost"]
         self._privacy.load_state_dict(state["privacy"])
-        self._clients = {}
-        for part in parts:
-            for client in self._ranks.own(part["clients"]):
-                self._client(client).load_state_dict(part["clients"][client])
+        self._answering = {}
+        for kind, (states, home) in self._kept().items():
+            states.clear()
+
+            def is_own(client: int, home: Callable[[int], int] = home) -> bool:
+                return home(client) == self._ranks.rank
+
+            for client, kept in checkpoint.read_clients(folder, kind, state["files"], is_own):
+                states[client] = kept
+
+    def _kept(self) -> dict[str, tuple[StateStore, Callable[[int], int]]]:
+        """What is kept of clients, and on which rank of each."""
+        return {
+            "clients": (self._states, self._ranks.owner),
+            "histories": (self._exchange.histories, self._exchange.home),
+        }
+
+    def _save_parts(self, folder: Path) -> dict[str, int]:
+        """Write what is kept of clients on all ranks; the files' sizes."""
+        number = checkpoint.new_number(folder) if self._ranks.is_root else 0
+        told = self._ranks.broadcast({0: str(number).encode()} if self._ranks.is_root else None)
+        number, rank = int(told[0]), self._ranks.rank
+        files = dict(
+            checkpoint.write_clients(folder, kind, number, rank, states)
+            for kind, (states, _) in self._kept().items()
+        )
+        written = self._ranks.all_gather(json.dumps(files).encode())
+        return {name: size for part in written for name, size in json.loads(part).items()}
 
     # -- steps ------------------------------------------------------------------------------------
 
     def _start(self, step: Start) -> None:
         """Train, encode, and send to where it is decoded."""
+        self._close_round()
         told = self._exchange.begin(step, self._previous)
-        own = self._ranks.own(step.clients)
-        updates = self.training.updates(
-            self._models[step.version], own, step.index, self.config.run.seed
-        )
         self._privacy.begin(step.clients)
         frames = {}
-        for client, trained in zip(own, updates, strict=True):
+        for client, trained in self._trained(step):
             update = self._privacy.protect(trained, step.index, client)
             if bool(update.isfinite().all()):
-                frames[client] = self._client(client).encode(
-                    step.index, update, told[client], self._previous
-                )
+                frames[client] = self._encode(client, step.index, update, told[client])
         sizes = self._exchange.send(frames)
         for client in step.clients:
             if client in sizes:
                 self.schedule.sent(client, sizes[client])
             else:
                 self.schedule.failed(client)
+
+    def _trained(self, step: Start) -> Iterator[tuple[int, Tensor]]:
+        """The rank's clients and their updates, each until the next is asked for."""
+        own = self._ranks.own(step.clients)
+        fitting = max(self.config.local.chunk or 1, _TRAINED_BYTES // (4 * self.layout.numel))
+        room = torch.empty(min(fitting, len(own)), self.layout.numel)
+        for begin in range(0, len(own), fitting):
+            some = own[begin : begin + fitting]
+            updates = self.training.updates(
+                self._models[step.version],
+                some,
+                step.index,
+                self.config.run.seed,
+                out=room[: len(some)],
+            )
+            yield from zip(some, updates, strict=True)
+
+    def _encode(self, client: int, round_index: int, update: Tensor, told: bytes) -> bytes:
+        """The payload; what the client remembers is kept, and itself while it may be asked."""
+        encoding = self._client(client)
+        payload = encoding.encode(round_index, update, told, self._previous)
+        if self._exchange.has_rounds and encoding.may_be_asked:
+            self._answering[client] = encoding
+        else:
+            self._remember(client, encoding)
+        return payload
 
     def _aggregate(self, step: Aggregate) -> Row:
         """Decode what arrived, and make a new model of it."""
@@ -225,18 +278,37 @@ class Run:
     # -- parts ------------------------------------------------------------------------------------
 
     def _client(self, client: int) -> Client:
-        if client not in self._clients:
-            self._clients[client] = self._uplink.client(
-                self.layout, client, seed=self.config.run.seed
-            )
-        return self._clients[client]
+        """The one that may be asked in the running round, or one as it was after its last."""
+        if client in self._answering:
+            return self._answering[client]
+        found = self._uplink.client(self.layout, client, seed=self.config.run.seed)
+        if client in self._states:
+            found.load_state_dict(self._states[client])
+        return found
+
+    def _close_round(self) -> None:
+        """Nobody is asked any more."""
+        for client, each in self._answering.items():
+            self._remember(client, each)
+        self._answering = {}
+
+    def _remember(self, client: int, encoded: Client) -> None:
+        if state := encoded.state_dict():
+            self._states[client] = state
 
     def _make_exchange(self) -> Exchange:
         if isinstance(self._uplink, SecureUplink):
             self._check_secure(self._uplink)
         if isinstance(self.config.schedule, FedAvg):
             shares = dict(enumerate(self._importance() or [1.0] * self.config.clients.count))
-            return Rounds(self._uplink, self.layout, self.config.run.seed, self._ranks, shares)
+            return Rounds(
+                self._uplink,
+                self.layout,
+                self.config.run.seed,
+                self._ranks,
+                shares=shares,
+                histories=self._store(),
+            )
         if getattr(self._uplink, "memory", False):
             raise ConfigError(
                 f"uplink {self._uplink.spec} remembers rounds, which {self.config.schedule} "
@@ -262,6 +334,10 @@ class Run:
             )
         uplink.step(policy.asked, self.layout.numel)
 
+    def _store(self) -> StateStore:
+        clients = self.config.clients
+        return StateStore(clients.state_mb * 1e6, clients.state_folder)
+
     def _importance(self) -> list[float] | None:
         if isinstance(self.config.schedule, FedAsync | FedBuff):
             return None
@@ -276,7 +352,7 @@ class Run:
         return float(size * (local.epochs or 1))
 
     def _without_length(self) -> Config:
-        """The settings that a run must go on with; how long it takes may change."""
+        """The settings that a run must go on with; how long it takes, and where, may change."""
         plain = dataclasses.replace(
             self.config.run,
             aggregations=1,
@@ -284,4 +360,5 @@ class Run:
             evaluate_every=1,
             checkpoint_every=0,
         )
-        return dataclasses.replace(self.config, run=plain)
+        clients = dataclasses.replace(self.config.clients, state_mb=float("inf"), state_folder=None)
+        return dataclasses.replace(self.config, run=plain, clients=clients)

@@ -40,7 +40,11 @@ class Ranks:
 
     def own(self, clients: Iterable[int]) -> list[int]:
         """Those of the clients that this rank simulates, in the same order."""
-        return [client for client in clients if client % self.size == self.rank]
+        return [client for client in clients if self.owner(client) == self.rank]
+
+    def owner(self, client: int) -> int:
+        """The rank that simulates a client."""
+        return client % self.size
 
     def broadcast(self, frames: Mapping[int, bytes] | None) -> dict[int, bytes]:
         """What the root has for clients, on every rank; None elsewhere."""

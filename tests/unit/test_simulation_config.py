@@ -68,6 +68,8 @@ def test_all_errors_at_once() -> None:
         ({"uplink": 3}, "uplink: is 3: must be text"),
         ({"schedule": {"policy": "best"}}, "schedule: policy is 'best': must be one of fedavg"),
         ({"local": {"vectorise": "yes"}}, "local: vectorise is 'yes': must be of type"),
+        ({"clients": {"state_mb": -1}}, "clients: state_mb is -1.0: must be at least 0"),
+        ({"clients": {"state_folder": "/none"}}, "clients: state_folder is '/none': must be a fo"),
         ({"server": {"optimizer": "best"}}, "server: optimizer is 'best': must be one of sgd"),
     ],
 )

@@ -10,6 +10,7 @@ import torch
 from commrt.errors import ConfigError, StateError
 from commrt.metrics import Row
 from commrt.simulation import checkpoint
+from commrt.simulation import run as run_module
 from commrt.simulation.config import Config
 from commrt.simulation.run import Run
 from commrt.simulation.transport import Ranks
@@ -104,6 +105,57 @@ def test_what_a_run_does_not_go_on_from(tmp_path: Path) -> None:
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(StateError, match="is damaged"):
             run.resume(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut", "changed"])
+def test_clients_that_are_damaged(damage: str, tmp_path: Path) -> None:
+    run, _ = carried_out(config(run={"aggregations": 1}))
+    run.save(tmp_path)
+    (path,) = tmp_path.glob("clients-*")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data[:-1] if damage == "cut" else data)
+    if damage == "gone":
+        path.unlink()
+    with pytest.raises(StateError, match=f"{path} is damaged"):
+        run.resume(tmp_path)
+
+
+ASKING = "mbtc:nmse=0.3,block=256,least_gain=0"
+
+
+@pytest.mark.parametrize("uplink", ["topk:share=0.1", ASKING])
+def test_states_in_files_and_updates_in_pieces(
+    uplink: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is another: what is remembered, what is asked for once more, what is trained."""
+    alike = {"uplink": uplink, "schedule": {"cohort": 6}, "traces": {}}
+    alike["local"] = {"batch_size": 16, "epochs": 4}
+    clients = {"count": 8, "partition": "iid"}
+    plain, rows = carried_out(config(**alike, clients=clients))
+    assert uplink != ASKING or sum(row["asked_clients"] for row in rows) > 0
+    monkeypatch.setattr(run_module, "_TRAINED_BYTES", 2 * 4 * plain.layout.numel)
+    state_mb = 5 * plain.layout.numel / 1e6  # of two clients with MBTC, of none with top-k
+    clients |= {"state_mb": state_mb, "state_folder": str(tmp_path)}
+    bounded, found = carried_out(config(**alike, clients=clients))
+    assert without_times(found) == without_times(rows)
+    assert torch.equal(bounded.weights, plain.weights)
+    assert len([path for path in tmp_path.rglob("*") if path.is_file()]) >= 6
+
+
+def test_memory_may_be_another_when_a_run_goes_on(tmp_path: Path) -> None:
+    settings = config()
+    whole, _ = carried_out(settings)
+    shorter = dataclasses.replace(settings, run=dataclasses.replace(settings.run, aggregations=3))
+    begun, _ = carried_out(shorter)
+    begun.save(tmp_path)
+    again = Run(
+        dataclasses.replace(settings, clients=dataclasses.replace(settings.clients, state_mb=0.0)),
+        Ranks(),
+    )
+    again.resume(tmp_path)
+    again.carry_out()
+    assert torch.equal(again.weights, whole.weights)
 
 
 def test_uplinks_that_need_rounds() -> None:

@@ -102,6 +102,11 @@ class MbtcClient(Client):
         )
         return seal(Kind.UPDATE, round_index, body, self._context(round_index, *digests))
 
+    @property
+    def may_be_asked(self) -> bool:
+        """Whether anything was left for the other clients' updates to tell."""
+        return self._sent is not None and any(self._sent.parameters.planes)
+
     def answer(self, request: bytes) -> bytes:
         """See :meth:`Client.answer`."""
         if self._sent is None:
@@ -126,7 +131,7 @@ class MbtcClient(Client):
 
     def state_dict(self) -> dict[str, Any]:
         """The last update, if the client keeps it."""
-        return {} if self._history is None else {"decoded": self._history.decoded}
+        return {} if self._history is None else self._history.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Client.load_state_dict`."""

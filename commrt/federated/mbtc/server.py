@@ -55,7 +55,6 @@ class MbtcServer(RoundServer):
         )
         super().__init__(ALONE if self._may_join else peers)
         self._codec, self._layout, self._seed = codec, layout, seed
-        self._histories: dict[int, History] = {}
         self._tags: dict[int, int] = {}
         self._tables = {has_own: Tables(layout) for has_own in (False, True)}
         self._rates = RateControl(codec, layout.numel)
@@ -177,41 +176,40 @@ class MbtcServer(RoundServer):
             mean=self._mean.clone(), traffic=traffic, clients=tuple(arrived), report=report
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Histories, tables, rates, what was learned for joint decoding; between rounds.
-
-        Of peers after the first one, only histories count.
-        """
+    def state_dict(self, *, with_histories: bool = True) -> dict[str, Any]:
+        """Histories, tables, rates, what was learned for joint decoding; between rounds."""
         if self._round is not None:
             raise StateError(f"round {self._round.index} is running: finish() ends it")
-        return {
-            "histories": {client: each.decoded for client, each in self._histories.items()},
+        state = {
+            "tags": dict(self._tags),
             "tables": {has_own: each.state_dict() for has_own, each in self._tables.items()},
             "rates": self._rates.state_dict(),
             "cosets": self._cosets.state_dict(),
             "mean": self._mean,
         }
+        return state | {"histories": dict(self.histories)} if with_histories else state
 
-    def load_state_dict(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Server.load_state_dict`.
 
         Raises:
             StateError: It is not one of such a server; nothing of it is taken.
         """
         new = MbtcServer(self._codec, self._layout, self._seed, self._peers)
+        new.histories = self.histories
         try:
-            new._take(state, others)
+            new._take(state)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise StateError(f"not a state of {self._codec.spec}: {error!r}") from error
         vars(self).update(vars(new))
 
-    def _take(self, state: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> None:
-        for each in (state, *others):
-            for client, decoded in each["histories"].items():
-                history = History.of({"decoded": decoded}, self._layout)
-                self._tags[client] = history.tag
-                if self.home(client) == self._peers.rank:
-                    self._histories[client] = history
+    def _take(self, state: Mapping[str, Any]) -> None:
+        self._tags = {int(client): int(tag) for client, tag in state["tags"].items()}
+        if "histories" in state:
+            self.histories = {
+                client: History.of(each, self._layout).state_dict()
+                for client, each in state["histories"].items()
+            }
         for has_own, tables in self._tables.items():
             tables.load_state_dict(state["tables"][has_own])
         self._rates.load_state_dict(state["rates"])
@@ -259,7 +257,9 @@ class MbtcServer(RoundServer):
     def _read(self, running: Round, client: int, payload: bytes) -> Received:
         told = self._told[client]
         flags = flags_of(payload)
-        history = self._histories.get(client) if flags & coding.USES_OWN else None
+        history = None
+        if flags & coding.USES_OWN and client in self.histories:
+            history = History(**self.histories[client])
         sources = Sources(
             self._previous if flags & coding.USES_PREVIOUS else None,
             None if history is None else history.decoded,
@@ -298,8 +298,8 @@ class MbtcServer(RoundServer):
         if not missing:
             self._tables[update.sources.own is not None].count(*how.scalar(codes))
             if self._codec.memory:
-                self._histories[client] = how.remember(decoded)
-                tag = self._histories[client].tag
+                history = how.remember(decoded)
+                self.histories[client], tag = history.state_dict(), history.tag
         return Ended(
             client,
             Coded(how.noise, bits, energy, how.step != self._told[client].step),

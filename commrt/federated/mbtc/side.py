@@ -47,7 +47,7 @@ class History(NamedTuple):
 
     @classmethod
     def of(cls, state: Mapping[str, Any], layout: Layout) -> "History":
-        """What ``{"decoded": ...}`` keeps.
+        """What :meth:`state_dict` keeps.
 
         Raises:
             StateError: It is not of the layout.
@@ -55,9 +55,15 @@ class History(NamedTuple):
         flat = state.get("decoded")
         if not isinstance(flat, Tensor) or flat.dtype != torch.bfloat16:
             raise StateError(f"a history of {type(flat)}: must be a bfloat16 tensor")
-        if flat.shape != (layout.numel,) or not bool(flat.isfinite().all()):
+        if flat.shape != (layout.numel,) or not float(flat.abs().max()) < math.inf:
             raise StateError(f"a history of {tuple(flat.shape)}: must be finite ({layout.numel},)")
+        if state.get("digest") != digest(flat):
+            raise StateError(f"a history of digest {state.get('digest')}: is {digest(flat)}")
         return cls(flat, digest(flat))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its attributes."""
+        return self._asdict()
 
     @property
     def tag(self) -> int:

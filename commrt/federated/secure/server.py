@@ -117,17 +117,17 @@ class SecureServer(RoundServer):
         self._start(None)
         return Aggregate(mean=mean, traffic=running.traffic, clients=clients, report={"load": load})
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, *, with_histories: bool = True) -> dict[str, Any]:
         """The last mean, if predictions are made from it."""
+        del with_histories
         return {} if self._last is None else {"mean": self._last.clone()}
 
-    def load_state_dict(self, state: Mapping[str, Any], *others: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Server.load_state_dict`.
 
         Raises:
             StateError: It is not the state of such a server.
         """
-        del others
         mean = state.get("mean")
         allowed = {"mean"} if self._ends.uplink.predict and isinstance(mean, Tensor) else set()
         if set(state) - allowed:
