@@ -207,9 +207,9 @@ def test_what_does_not_serve() -> None:
     with pytest.raises(ConfigError, match="previous has 11 elements: must have 12, as energies"):
         ops.source_energies(flat[1:], None, 0.3, [(3, 4)], flat)
     for shapes in ([(3, 5)], [], [(3, 4), (1, 1)]):
-        with pytest.raises(ConfigError, match="shapes=.*: must have 12 elements, as energies"):
+        with pytest.raises(ConfigError, match=r"shapes=.*: must have 12 elements, as energies"):
             ops.source_energies(None, None, 0.3, shapes, flat)
-    with pytest.raises(ConfigError, match="shapes=.*: must have no negative number"):
+    with pytest.raises(ConfigError, match=r"shapes=.*: must have no negative number"):
         ops.source_energies(None, None, 0.3, [(-3, -4)], flat)
     with pytest.raises(ConfigError, match=r"previous_weight=-1\.0: must be in"):
         ops.source_energies(None, None, -1.0, [(3, 4)], flat)

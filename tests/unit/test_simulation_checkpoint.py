@@ -111,7 +111,7 @@ def test_saving_fails_at_any_moment(fail: Callable[[], None], tmp_path: Path) ->
         versions.append(again.schedule.version)
         again.save(copy)
         named = torch.load(copy / checkpoint.NAME, weights_only=True)["files"]
-        assert {path.name for path in copy.glob("clients*")} == set(named)
+        assert {path.name for path in copy.glob("*.states")} == set(named)
         again.carry_out()
         assert torch.equal(again.weights, whole.weights)
         shutil.rmtree(copy)
