@@ -66,12 +66,12 @@ void source_energies(Address energies, SourceArg previous, SourceArg own, float 
 }
 
 void source_prediction(Address predicted, Index numel, SourceArg previous, SourceArg own,
-                       Address weights, GroupsArg groups, ThreadCount threads) {
+                       const std::vector<float>& weights, GroupsArg groups, ThreadCount threads) {
   const nb::gil_scoped_release release;
-  spread_tiles(active_kernels().source_prediction,
-               SourcePredictionArgs{previous, own, at<const float>(weights), groups,
-                                    at<float>(predicted), numel},
-               threads);
+  spread_tiles(
+      active_kernels().source_prediction,
+      SourcePredictionArgs{previous, own, weights.data(), groups, at<float>(predicted), numel},
+      threads);
 }
 
 void source_products(Address products, Address update, Index numel, SourceArg previous,

@@ -9,7 +9,7 @@ namespace commrt {
 constexpr int kEnergyBits = 34;
 constexpr float kLeastEnergy = 0x1p-100f, kMostEnergy = 0x1p100f;
 constexpr float kMostPredicted = 0x1p64f;
-constexpr int kNumProducts = 5;
+constexpr int kNumProducts = 6;
 constexpr int kSourceTile = 1024;  // elements, the units in which kernels are given work
 
 struct Source {

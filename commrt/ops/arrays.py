@@ -11,6 +11,8 @@ from torch import Tensor
 from commrt.errors import ConfigError
 
 Op = Callable[..., None]
+# Looked for first, since to ask what others have takes longer.
+_NO_ARRAYS = (Tensor, int, float, str, type(None))
 
 
 def takes_arrays(*written: str) -> Callable[[Op], Op]:
@@ -42,7 +44,7 @@ def takes_arrays(*written: str) -> Callable[[Op], Op]:
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "__dlpack__") and not isinstance(value, Tensor)
+    return not isinstance(value, _NO_ARRAYS) and hasattr(value, "__dlpack__")
 
 
 def _shared(name: str, array: Any, is_written: bool) -> Tensor:

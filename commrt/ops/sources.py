@@ -28,7 +28,7 @@ LEAST_ENERGY, MOST_ENERGY = 2.0**-100, 2.0**100
 MOST_PREDICTED = 2.0**64
 # Sums that a group's inner products are made of.
 PRODUCT_LANES = 16
-NUM_PRODUCTS = 5
+NUM_PRODUCTS = 6
 
 
 @takes_arrays("energies")
@@ -77,28 +77,35 @@ def source_energies(
 
 @takes_arrays("predicted")
 def source_prediction(
-    previous: Tensor | None, own: Tensor | None, weights: Tensor, ends: Tensor, predicted: Tensor
+    previous: Tensor | None,
+    own: Tensor | None,
+    weights: Sequence[tuple[float, float]],
+    ends: Tensor,
+    predicted: Tensor,
 ) -> None:
-    """Write ``weights[g, 0] * previous + weights[g, 1] * own``, with the weights of each group g.
+    """Write ``weights[g][0] * previous + weights[g][1] * own``, with the weights of each group g.
 
     Each product and the sum is rounded to fp32; within ``MOST_PREDICTED``, and never minus zero.
 
     Args:
         previous: A source.
         own: A source.
-        weights: fp32 (G, 2).
+        weights: Of each of the G groups; rounded to fp32.
         ends: int64, G elements: see :func:`commrt.ops.scale_rows`.
         predicted: fp32, N elements, overwritten.
 
     Raises:
-        ConfigError: A tensor is not as above.
+        ConfigError: A tensor is not as above, or there are not as many weights as groups.
 
     Cost: reads the sources, writes 4 bytes an element.
     """
     check_vector("predicted", predicted, torch.float32)
     _check_sources(predicted, "predicted", previous, own)
-    _check_groups(predicted, "predicted", ends, weights=(weights, torch.float32, 2))
-    torch.ops.commrt.source_prediction(predicted, previous, own, weights, ends)
+    _check_ends(predicted, "predicted", ends)
+    if len(weights) != ends.numel():
+        raise ConfigError(f"weights of {len(weights)} groups: must be of {ends.numel()}")
+    flat = [weight for pair in weights for weight in pair]
+    torch.ops.commrt.source_prediction(predicted, previous, own, flat, ends)
 
 
 @takes_arrays("products")
@@ -115,8 +122,8 @@ def source_products(
         previous: A source.
         own: A source.
         ends: int64, G elements: see :func:`commrt.ops.scale_rows`.
-        products: fp64 (G, 5), overwritten: previous * previous, previous * own, own * own,
-            previous * update, own * update.
+        products: fp64 (G, 6), overwritten: previous * previous, previous * own, own * own,
+            previous * update, own * update, update * update.
 
     Raises:
         ConfigError: A tensor is not as above.
@@ -125,7 +132,9 @@ def source_products(
     """
     check_vector("update", update, torch.float32)
     _check_sources(update, "update", previous, own)
-    _check_groups(update, "update", ends, products=(products, torch.float64, NUM_PRODUCTS))
+    _check_ends(update, "update", ends)
+    check_matrix("products", products, torch.float64, (ends.numel(), NUM_PRODUCTS))
+    check_device("products", products, "update", update)
     torch.ops.commrt.source_products(products, update, previous, own, ends)
 
 
@@ -173,14 +182,8 @@ def _check_sources(first: Tensor, of: str, previous: Tensor | None, own: Tensor 
             check_like(first, of, **{name: (source, source.dtype)})
 
 
-def _check_groups(
-    first: Tensor, of: str, ends: Tensor, **others: tuple[Tensor, torch.dtype, int]
-) -> None:
-    """That there is a group, and that the others have a row for each."""
+def _check_ends(first: Tensor, of: str, ends: Tensor) -> None:
     check_vector("ends", ends, torch.int64)
     check_device("ends", ends, of, first)
     if ends.numel() < 1:
         raise ConfigError("ends has no elements: must have one for each group")
-    for name, (tensor, dtype, columns) in others.items():
-        check_matrix(name, tensor, dtype, (ends.numel(), columns))
-        check_device(name, tensor, of, first)

@@ -30,12 +30,13 @@ COMMRT_INLINE double unit_of(float largest) {
 // Of rows and columns, in this unit; the sum of all.
 COMMRT_PHASE std::int64_t sum_up(const float* energies, const Matrix& matrix, double unit,
                                  const EnergySums& sums) {
+  const std::int64_t cols = matrix.cols;  // which stores to the sums might change
   std::int64_t total = 0;
   std::int64_t* __restrict__ of_col = sums.of_col;
-  std::memset(of_col, 0, sizeof(std::int64_t) * static_cast<std::size_t>(matrix.cols));
-  for (std::int64_t row = 0; row < matrix.rows; ++row, energies += matrix.cols) {
+  std::memset(of_col, 0, sizeof(std::int64_t) * static_cast<std::size_t>(cols));
+  for (std::int64_t row = 0; row < matrix.rows; ++row, energies += cols) {
     std::int64_t sum = 0;
-    for (std::int64_t col = 0; col < matrix.cols; ++col) {
+    for (std::int64_t col = 0; col < cols; ++col) {
       const auto whole = static_cast<std::int64_t>(static_cast<double>(energies[col]) * unit);
       of_col[col] += whole;
       sum += whole;

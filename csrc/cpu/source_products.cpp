@@ -20,6 +20,7 @@ COMMRT_INLINE void add_products(Floats update, Previous previous, Own own, std::
     sums.lane[2][k] += y * y;
     sums.lane[3][k] += x * z;
     sums.lane[4][k] += y * z;
+    sums.lane[5][k] += z * z;
   }
 }
 

@@ -77,8 +77,7 @@ def test_energies_are_the_same_everywhere(make: Make, index: int) -> None:
 @pytest.mark.parametrize("num_groups", [1, 2, 5])
 def test_predictions_are_the_same_everywhere(make: Make, num_groups: int) -> None:
     for index, numel in enumerate(SIZES):
-        weights = torch.linspace(-2, 2, 2 * num_groups).view(num_groups, 2)
-        weights[-1] = torch.tensor([0.0, -0.5])
+        weights = [(group / 3 - 1, -0.1 * group) for group in range(1, num_groups)] + [(0.0, -0.5)]
         ends = ends_of(numel, num_groups)
         for previous, own in sources_of(make, numel, index):
             predicted = cases.unaligned(filled(numel))
@@ -100,7 +99,7 @@ def test_histories_are_the_same_everywhere(make: Make) -> None:
     for index, numel in enumerate(SIZES):
         decoded, predicted = make(numel, index), make(numel, index + 1)
         rows = torch.arange(numel, dtype=torch.int16) * 5
-        for num_shares in (1, 2, 64):
+        for num_shares in (1, 2, 64, 128):
             shares, kept = torch.rand(num_shares), filled(numel, dtype=torch.bfloat16)
             for place in (kept, cases.unaligned(kept)):
                 cases.run_everywhere(ops.source_history, decoded, predicted, rows, shares, place)
@@ -119,7 +118,7 @@ def every_op() -> list[Tensor]:
     numel = sum(rows * cols for rows, cols in shapes)
     previous, own = normal(numel, 0), normal(numel, 1).bfloat16()
     ends = torch.tensor([30, 50_000, 90_001, numel])
-    weights, rows = normal(8, 2).view(4, 2), torch.arange(numel).short() % 4096
+    weights, rows = 2 * [(0.5, -0.3), (1.5, 0.1)], torch.arange(numel).short() % 4096
     energies, predicted = torch.empty(2, numel)
     products, kept = torch.empty(4, NUM_PRODUCTS).double(), torch.empty(numel).bfloat16()
     ops.source_energies(previous, own, 0.3, shapes, energies)
@@ -155,7 +154,7 @@ def test_energies_of_a_matrix_of_zeros_are_the_least() -> None:
 def test_a_prediction_is_within_its_bounds() -> None:
     source, predicted = torch.tensor([3e38, -3e38, 2.0, -0.0]), torch.empty(4)
     ends = torch.tensor([4])
-    ops.source_prediction(source, None, torch.tensor([[-0.5, 0.0]]), ends, predicted)
+    ops.source_prediction(source, None, [(-0.5, 0.0)], ends, predicted)
     assert predicted.tolist() == [-MOST_PREDICTED, MOST_PREDICTED, -1.0, 0.0]
     assert not predicted.signbit()[3]
 
@@ -167,7 +166,7 @@ def test_products_are_those_of_each_group() -> None:
     ops.source_products(update, previous, own, ends, products)
     for part, found in ((slice(1234), products[0]), (slice(1234, None), products[2])):
         z, x, y = (vector[part].double() for vector in vectors)
-        expected = torch.stack([x @ x, x @ y, y @ y, x @ z, y @ z])
+        expected = torch.stack([x @ x, x @ y, y @ y, x @ z, y @ z, z @ z])
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     assert products[1].tolist() == NUM_PRODUCTS * [0.0]
 
@@ -188,7 +187,7 @@ def test_ends_that_are_wrong_name_no_other_memory(wrong: list[int]) -> None:
     products = filled(3, NUM_PRODUCTS, dtype=torch.float64)
     for path, use in cases.paths().items():
         with use:
-            ops.source_prediction(update, None, torch.ones(3, 2), ends, predicted)
+            ops.source_prediction(update, None, 3 * [(1.0, 1.0)], ends, predicted)
             ops.source_products(update, update, None, ends, products)
         around = predicted.new_empty(0).set_(predicted.untyped_storage())
         assert around[0] == around[-1] == cases.FILL, path
@@ -201,7 +200,7 @@ def test_ends_that_are_wrong_name_no_other_memory(wrong: list[int]) -> None:
 
 
 def test_what_does_not_serve() -> None:
-    flat, ends, weights = torch.zeros(12), torch.tensor([12]), torch.zeros(1, 2)
+    flat, ends = torch.zeros(12), torch.tensor([12])
     with pytest.raises(ConfigError, match=r"own is torch\.float64 .*: must be one of"):
         ops.source_energies(None, flat.double(), 0.3, [(3, 4)], flat)
     with pytest.raises(ConfigError, match="previous has 11 elements: must have 12, as energies"):
@@ -213,10 +212,10 @@ def test_what_does_not_serve() -> None:
         ops.source_energies(None, None, 0.3, [(-3, -4)], flat)
     with pytest.raises(ConfigError, match=r"previous_weight=-1\.0: must be in"):
         ops.source_energies(None, None, -1.0, [(3, 4)], flat)
-    with pytest.raises(ConfigError, match=r"weights is .* \(1, 2\): must be .* \(2, 2\)"):
-        ops.source_prediction(None, None, weights, ends.repeat(2), flat)
+    with pytest.raises(ConfigError, match="weights of 1 groups: must be of 2"):
+        ops.source_prediction(None, None, [(0.5, 0.5)], ends.repeat(2), flat)
     with pytest.raises(ConfigError, match="ends has no elements"):
-        ops.source_prediction(None, None, weights[:0], ends[:0], flat)
+        ops.source_prediction(None, None, [], ends[:0], flat)
     with pytest.raises(ConfigError, match=r"products is torch\.float32"):
         ops.source_products(flat, None, None, ends, torch.zeros(1, 5))
     kept, rows = flat.bfloat16(), flat.short()

@@ -25,7 +25,7 @@ def arguments(name: str) -> tuple[Any, ...]:
     codes = torch.arange(100, dtype=torch.int16)
     small = torch.ones(100, dtype=torch.int16)
     firsts, ends = codes[:18].clone().view(2, 9), torch.tensor([30, 100])
-    weights, products = torch.ones(2, 2), torch.zeros(2, 5, dtype=torch.float64)
+    products = torch.zeros(2, 6, dtype=torch.float64)
     coded, table, check = test_rans.sample(100, seed=0), test_rans.table(), test_rans.checks_of(1)
     words, length = torch.zeros(1, 108, dtype=torch.uint16), torch.tensor([108], dtype=torch.int32)
     return {
@@ -46,7 +46,7 @@ def arguments(name: str) -> tuple[Any, ...]:
         "coset_llr": (flat, small, 1, torch.linspace(2, -2, 64), torch.zeros(100)),
         "coset_decode": (flat, small, 4, torch.zeros_like(small)),
         "source_energies": (torch.zeros(100), flat, -flat, 0.3, [9, 10, 1, 10]),
-        "source_prediction": (torch.zeros(100), flat, None, weights, ends),
+        "source_prediction": (torch.zeros(100), flat, None, [1.0, 0.5, 0.0, 2.0], ends),
         "source_products": (products, flat, flat.bfloat16(), -flat, ends),
         "source_history": (flat.bfloat16(), flat, -flat, small, torch.ones(4)),
         "rans_encode": (*coded, table, 4, check, words, length),

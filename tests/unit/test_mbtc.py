@@ -474,13 +474,15 @@ def test_predictions() -> None:
     previous, own = (torch.randn(1000, generator=generator) for _ in range(2))
     sources = Sources(previous, own.bfloat16())
     update = 0.5 * previous - 0.25 * own
-    [found] = side.fit(layout, update, sources)
+    [found], energy = side.fit(layout, update, sources)
+    assert energy == pytest.approx(float(update.square().mean()))
     assert found == Coefficients(32, -16)
     predicted = side.prediction(layout, sources, [found])
     assert float((predicted - update).square().mean()) < 1e-5
-    assert side.fit(layout, update, Sources(previous, None)) == [Coefficients(32, 0)]
-    assert side.fit(layout, update, Sources(None, None)) == [Coefficients()]
-    assert side.fit(layout, update, Sources(None, torch.zeros(1000))) == [Coefficients()]
+    assert side.fit(layout, update, Sources(previous, None)).coefficients == [Coefficients(32, 0)]
+    assert side.fit(layout, update, Sources(None, None)).coefficients == [Coefficients()]
+    zeros = Sources(None, torch.zeros(1000))
+    assert side.fit(layout, update, zeros).coefficients == [Coefficients()]
     packed = side.pack([found, Coefficients(1, -128 + 1)], sources)
     assert side.unpack(Reader(packed), sources, 2) == [found, Coefficients(1, -127)]
     alone = Sources(previous, None)

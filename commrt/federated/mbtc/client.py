@@ -71,9 +71,9 @@ class MbtcClient(Client):
             )
         told = self._told(round_index, parameters)
         sources, digests = self._sources(told, previous)
-        coefficients = side.fit(self._layout, update, sources)
+        coefficients, energy = side.fit(self._layout, update, sources)
         predicted = side.prediction(self._layout, sources, coefficients)
-        step, own = told.step, self._own_step(update)
+        step, own = told.step, self._own_step(energy)
         least = self._least_step(update, predicted)
         is_useless = step < max(least, own / MOST_TOO_FINE)
         chosen = told.tables is None or sources.is_empty or is_useless
@@ -155,8 +155,7 @@ class MbtcClient(Client):
         largest = float((update - predicted).abs().max())
         return max(LEAST_STEP, largest / coding.MOST_STEPS[self._codec.lattice])
 
-    def _own_step(self, update: Tensor) -> float:
-        energy = float(update.double().square().mean())
+    def _own_step(self, energy: float) -> float:
         nmse, bits = self._codec.nmse, self._codec.bits
         if nmse is None:
             assert bits is not None

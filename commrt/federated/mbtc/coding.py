@@ -10,10 +10,10 @@ The body of a payload, in little endian::
                                     of points of E8, commrt/codecs/points.py
 """
 
+import struct
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -137,7 +137,7 @@ def read_codes(payload: bytes, rows: Tensor) -> Tensor:
         WireFormatError: They cannot be decoded.
     """
     codes = decode_codes(payload, rows, rows.numel())
-    if bool((codes == NAN_CODE).any()):
+    if codes.numel() and int(codes.min()) == NAN_CODE:
         raise WireFormatError(f"a code of {NAN_CODE}, which no number has")
     return codes
 
@@ -167,14 +167,15 @@ def rows_of(layout: Layout, contexts: Tensor, tables: Tensor) -> Tensor:
 
 
 def coded_alone(layout: Layout, planes: Sequence[Sequence[Plane]], block: int) -> list[slice]:
-    """The parts of the flat vector whose codes are not sent as cosets, in order."""
-    parts = list[slice]()
+    """The parts of the flat vector whose codes are not sent as cosets, in order and apart."""
+    parts: list[slice] = []
     for group, each in zip(layout.groups, planes, strict=True):
         begin = group.begin + block * num_blocks(group.numel, each, block)
+        if begin == group.end:
+            continue
         if parts and parts[-1].stop == begin:
-            parts[-1] = slice(parts[-1].start, group.end)
-        elif begin < group.end:
-            parts.append(slice(begin, group.end))
+            begin = parts.pop().start
+        parts.append(slice(begin, group.end))
     return parts
 
 
@@ -201,5 +202,6 @@ def context(
 
 
 def _lowest_class(step: float) -> int:
-    energy = np.square(np.float32(step))
-    return max(0, (int(energy.view(np.int32)) >> 22) - CLASSES_BELOW_STEP)
+    [single] = struct.unpack("<f", struct.pack("<f", step))
+    [bits] = struct.unpack("<I", struct.pack("<f", single * single))
+    return max(0, (bits >> 22) - CLASSES_BELOW_STEP)

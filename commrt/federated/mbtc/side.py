@@ -95,19 +95,25 @@ def digest(flat: Tensor | None) -> int:
     return 0 if flat is None else zlib.crc32(flat.view(torch.uint8).cpu().numpy().data)
 
 
-def fit(layout: Layout, update: Tensor, sources: Sources) -> list[Coefficients]:
-    """Each group's coefficients of least squares; only the client, who sends them, works them out.
+class Fit(NamedTuple):
+    """What only the client works out.
 
-    Args:
-        layout: Of all.
-        update: fp32 (N,).
-        sources: See there.
+    Attributes:
+        coefficients: Of least squares, for each group.
+        energy: The update's, an element.
     """
-    if sources.is_empty:
-        return [Coefficients()] * len(layout.groups)
+
+    coefficients: list[Coefficients]
+    energy: float
+
+
+def fit(layout: Layout, update: Tensor, sources: Sources) -> Fit:
+    """How an update, fp32 (N,), is best predicted from the sources."""
     products = torch.empty(len(layout.groups), NUM_PRODUCTS, dtype=torch.float64)
     ops.source_products(update, sources.previous, sources.own, layout.ends, products)
-    return [_solved(*row) for row in products.tolist()]
+    rows = products.tolist()
+    energy = sum(row[-1] for row in rows) / layout.numel
+    return Fit([_solved(*row[:-1]) for row in rows], energy)
 
 
 def _solved(
@@ -133,7 +139,7 @@ def _in_units(coefficient: float) -> int:
 def prediction(layout: Layout, sources: Sources, coefficients: Sequence[Coefficients]) -> Tensor:
     """Of all groups, fp32 (N,), within :data:`~commrt.ops.sources.MOST_PREDICTED`."""
     predicted = torch.empty(layout.numel)
-    weights = torch.tensor(coefficients, dtype=torch.float32).div_(COEFFICIENT_UNIT)
+    weights = [(p / COEFFICIENT_UNIT, o / COEFFICIENT_UNIT) for p, o in coefficients]
     ops.source_prediction(sources.previous, sources.own, weights, layout.ends, predicted)
     return predicted
 

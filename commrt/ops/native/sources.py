@@ -10,7 +10,7 @@ from commrt.ops.native.module import DTYPE_CODE, native
 SCHEMAS = (
     "source_energies(Tensor(a!) energies, Tensor? previous, Tensor? own, float previous_weight, "
     "int[] shapes) -> ()",
-    "source_prediction(Tensor(a!) predicted, Tensor? previous, Tensor? own, Tensor weights, "
+    "source_prediction(Tensor(a!) predicted, Tensor? previous, Tensor? own, float[] weights, "
     "Tensor ends) -> ()",
     "source_products(Tensor(a!) products, Tensor update, Tensor? previous, Tensor? own, "
     "Tensor ends) -> ()",
@@ -43,7 +43,11 @@ def source_energies(
 
 
 def source_prediction(
-    predicted: Tensor, previous: Tensor | None, own: Tensor | None, weights: Tensor, ends: Tensor
+    predicted: Tensor,
+    previous: Tensor | None,
+    own: Tensor | None,
+    weights: Sequence[float],
+    ends: Tensor,
 ) -> None:
     """See :func:`commrt.ops.source_prediction`."""
     native.source_prediction(
@@ -51,7 +55,7 @@ def source_prediction(
         predicted.numel(),
         _source(previous),
         _source(own),
-        weights.data_ptr(),
+        weights,
         native.Groups(ends.data_ptr(), ends.numel()),
         _threads(),
     )

@@ -51,10 +51,15 @@ def _spread(energy_RC: Tensor) -> Tensor:
 
 
 def source_prediction(
-    predicted: Tensor, previous: Tensor | None, own: Tensor | None, weights: Tensor, ends: Tensor
+    predicted: Tensor,
+    previous: Tensor | None,
+    own: Tensor | None,
+    weights: Sequence[float],
+    ends: Tensor,
 ) -> None:
     """See :func:`commrt.ops.source_prediction`."""
-    weights_N2 = weights[groups_of(predicted, ends)]
+    weights_G2 = torch.tensor(weights, dtype=torch.float32, device=predicted.device).view(-1, 2)
+    weights_N2 = weights_G2[groups_of(predicted, ends)]
     total = torch.zeros_like(predicted)
     for index, source in enumerate((previous, own)):
         total = total + weights_N2[:, index] * _values(source, predicted)
@@ -66,7 +71,8 @@ def source_products(
 ) -> None:
     """See :func:`commrt.ops.source_products`."""
     theirs, mine = _values(previous, update), _values(own, update)
-    pairs = ((theirs, theirs), (theirs, mine), (mine, mine), (theirs, update), (mine, update))
+    pairs = ((theirs, theirs), (theirs, mine), (mine, mine),
+             (theirs, update), (mine, update), (update, update))  # fmt: skip
     group = groups_of(update, ends)
     for row, output in enumerate(products):
         for column, pair in enumerate(pairs):
