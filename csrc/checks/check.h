@@ -83,6 +83,12 @@ void check_polar_decode(Checks& checks, std::mt19937& random);
 void check_coset_llr(Checks& checks, std::mt19937& random);
 void check_coset_decode(Checks& checks, std::mt19937& random);
 
+// In source_check.cpp.
+void check_source_energies(Checks& checks, std::mt19937& random);
+void check_source_prediction(Checks& checks, std::mt19937& random);
+void check_source_products(Checks& checks, std::mt19937& random);
+void check_source_history(Checks& checks, std::mt19937& random);
+
 // In step_check.cpp.
 void check_adam_mini(Checks& checks, std::mt19937& random);
 void check_adamw(Checks& checks, std::mt19937& random);

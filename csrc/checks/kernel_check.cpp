@@ -284,6 +284,10 @@ constexpr Op kOps[] = {
     {"polar_decode", check_polar_decode},
     {"coset_llr", check_coset_llr},
     {"coset_decode", check_coset_decode},
+    {"source_energies", check_source_energies},
+    {"source_prediction", check_source_prediction},
+    {"source_products", check_source_products},
+    {"source_history", check_source_history},
 };
 
 }  // namespace

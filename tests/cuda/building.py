@@ -50,6 +50,8 @@ OPS = (
     *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
     *("polar_transform", "polar_decode", "coset_llr", "coset_decode"),
 )
+# Which are checked as well, but run on the CPU only.
+CPU_OPS = ("source_energies", "source_prediction", "source_products", "source_history")
 # Kernels have the names of ops; those of the steps share these two.
 SHARED_KERNELS = {"step": ("adamw", "adan", "lion", "mofo"), "second": ("adam_mini",)}
 
@@ -59,7 +61,7 @@ def check_program(tier: str) -> Path:
     folder = folder_of(tier)
     with built_once(folder) as is_built:
         if not is_built:
-            parts = ("kernel", "dither", "patch", "polar", "rans", "step")
+            parts = ("kernel", "dither", "patch", "polar", "rans", "source", "step")
             checks = [CSRC / f"checks/{part}_check.cpp" for part in parts]
             sources = [*cuda_sources(CSRC), *shim_sources(CSRC), *checks]
             objects = compile_all(sources, TIERS[tier], folder)

@@ -237,6 +237,14 @@ MUTANTS = {
         new="Stream::kDither, index / 4)",
         says=DIFFERENT,
     ),
+    "the rows of the first element's group": Mutant(
+        tier="plain",
+        op="scale_rows",
+        file="dither.cuh",
+        old="    group = next_group(args.groups, group, at.element + i);\n",
+        new="",
+        says=DIFFERENT,
+    ),
     "a decoded value that is rounded twice": Mutant(
         tier="plain",
         op="dither_dequantise",

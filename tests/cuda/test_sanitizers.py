@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cuda.building import BUILD, CSRC, OPS, attempt, check_program, run, shim_program
+from tests.cuda.building import BUILD, CPU_OPS, CSRC, OPS, attempt, check_program, run, shim_program
 
 LEAST_COVERAGE = 0.95
 
@@ -22,11 +22,11 @@ def test_kernels_pass(tier: str) -> None:
     """Bit-identical with the CPU's, no access out of bounds, no race; each op in many cases."""
     program = check_program(tier)
     # A process of ThreadSanitizer has 8,128 fibers at most, fewer than all ops together take.
-    runs = [[program, op] for op in OPS] if tier == "tsan" else [[program]]
+    runs = [[program, op] for op in (*OPS, *CPU_OPS)] if tier == "tsan" else [[program]]
     found = "".join(run(command) for command in runs)
     print(found)
     cases = dict(re.findall(r"^(\w+): (\d+) cases$", found, re.MULTILINE))
-    assert sorted(cases) == sorted(OPS)
+    assert sorted(cases) == sorted((*OPS, *CPU_OPS))
     assert all(int(count) >= 48 for count in cases.values())
 
 

@@ -64,7 +64,7 @@ class MbtcClient(Client):
             ConfigError: As there; or an element is larger than 2**60.
         """
         update = self._layout.check(update, "update")
-        worst = float(update.abs().max())
+        worst = _magnitude(update)
         if worst > MOST_MAGNITUDE:
             raise ConfigError(
                 f"update has an element of {worst:g}: must be within {MOST_MAGNITUDE:g}"
@@ -152,7 +152,7 @@ class MbtcClient(Client):
 
     def _least_step(self, update: Tensor, predicted: Tensor) -> float:
         """With which no code is too large."""
-        largest = float((update - predicted).abs().max())
+        largest = _magnitude(update - predicted)
         return max(LEAST_STEP, largest / coding.MOST_STEPS[self._codec.lattice])
 
     def _own_step(self, energy: float) -> float:
@@ -196,3 +196,8 @@ class MbtcClient(Client):
         return coding.context(
             self._codec, self._layout, self._seed, round_index, self._client, *known
         )
+
+
+def _magnitude(flat: Tensor) -> float:
+    """Of the largest element."""
+    return max(abs(float(value)) for value in flat.aminmax())

@@ -63,7 +63,7 @@ class Parameters:
         flags |= HAS_PREVIOUS * self.has_previous
         parts = [struct.pack("<BfH", flags, self.step, self.history)]
         if self.tables is not None:
-            parts.append((self.tables.numpy() // NUM_PHASES).astype("<u2").tobytes())
+            parts.append((self.tables // NUM_PHASES).numpy().astype("<u2").tobytes())
         if any(self.planes):
             for planes in self.planes:
                 parts.append(bytes((len(planes),)))
@@ -105,10 +105,11 @@ def read_firsts(reader: Reader, count: int) -> Tensor:
     Raises:
         WireFormatError: There are fewer, or a row that there is none of.
     """
-    firsts = np.frombuffer(reader.take(2 * count), "<u2").astype(np.int32) * NUM_PHASES
-    if firsts.max() >= NUM_ROWS:
-        raise WireFormatError(f"a table of row {firsts.max()}: there are {NUM_ROWS}")
-    return torch.from_numpy(firsts.astype(np.int16))
+    firsts = np.frombuffer(reader.take(2 * count), dtype="<u2")
+    largest = NUM_PHASES * int(firsts.max())
+    if largest >= NUM_ROWS:
+        raise WireFormatError(f"a table of row {largest}: there are {NUM_ROWS}")
+    return torch.from_numpy((firsts * NUM_PHASES).astype(np.int16))
 
 
 def _read_planes(reader: Reader, block: int) -> tuple[Plane, ...]:
