@@ -8,7 +8,7 @@
 //   to_coordinates   eight vectors, of eight elements' points, to a vector for each coordinate; the
 //                    points in any order, the same for all
 //   to_elements      the reverse
-//   RowTable         store() writes the context_of() and row_of() elements of these energies and phases
+//   RowTable         store() writes the contexts and rows of these energies and phases
 #pragma once
 
 #include <cstring>
@@ -249,9 +249,8 @@ class RowTable {
     std::memcpy(lane[0], &energy, sizeof energy);
     std::memcpy(lane[1], &phase, sizeof phase);
     COMMRT_EACH_LANE {
-      const int index = scale_class(lane[0][i], base_, count_);
-      contexts[i] = context_of(index, lane[1][i]);
-      rows[i] = row_of(rows_[index], lane[1][i]);
+      contexts[i] = context_of(scale_class(lane[0][i], base_, count_), lane[1][i]);
+      rows[i] = row_of_context(rows_, contexts[i]);
     }
   }
 

@@ -121,19 +121,22 @@ __global__ void __launch_bounds__(kThreads) scale_rows_kernel(ScaleRowsArgs args
   float energies[kPerLane], u[kPerLane];
   load(args.energies, at, energies);
   draw_dither<lattice>(args.dither, at, u);
-  std::uint16_t contexts[kPerLane], rows[kPerLane];
+  std::uint16_t places[kPerLane];
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int index = scale_class(energies[i], args.base, args.num_classes);
+    places[i] = static_cast<std::uint16_t>(context_of(index, to_phase<lattice>(u[i])));
+  }
+  if (args.contexts != nullptr) store(args.contexts, at, places);
   int group = group_of(args.groups, at.element + at.begin);
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) {
     group = next_group(args.groups, group, at.element + i);
-    const int index = scale_class(energies[i], args.base, args.num_classes);
-    const std::int64_t place = std::int64_t{group} * args.num_classes + index;
-    const float phase = to_phase<lattice>(u[i]);
-    contexts[i] = static_cast<std::uint16_t>(context_of(index, phase));
-    rows[i] = static_cast<std::uint16_t>(row_of(args.rows_of_class[place], phase));
+    const std::int16_t* rows_of_class = args.rows_of_class + std::int64_t{group} * args.num_classes;
+    const std::int16_t row = row_of_context(rows_of_class, places[i]);
+    places[i] = static_cast<std::uint16_t>(row);
   }
-  if (args.contexts != nullptr) store(args.contexts, at, contexts);
-  store(args.rows, at, rows);
+  store(args.rows, at, places);
 }
 
 }  // namespace commrt::cuda

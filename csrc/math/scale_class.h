@@ -16,8 +16,8 @@ COMMRT_HD int scale_class(float energy, int base, int num_classes) {
 COMMRT_HD std::int16_t context_of(int index, float phase) {
   return static_cast<std::int16_t>(16 * index + static_cast<int>(phase));
 }
-COMMRT_HD std::int16_t row_of(std::int16_t first_row, float phase) {
-  return static_cast<std::int16_t>(first_row + static_cast<int>(phase));
+COMMRT_HD std::int16_t row_of_context(const std::int16_t* rows_of_class, int context) {
+  return static_cast<std::int16_t>(rows_of_class[context / 16] + context % 16);
 }
 
 }  // namespace commrt
