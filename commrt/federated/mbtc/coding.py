@@ -204,4 +204,4 @@ def context(
 def _lowest_class(step: float) -> int:
     [single] = struct.unpack("<f", struct.pack("<f", step))
     [bits] = struct.unpack("<I", struct.pack("<f", single * single))
-    return max(0, (bits >> 22) - CLASSES_BELOW_STEP)
+    return max(0, (int(bits) >> 22) - CLASSES_BELOW_STEP)
