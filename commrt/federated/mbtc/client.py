@@ -88,7 +88,7 @@ class MbtcClient(Client):
         codes = how.quantise(update)
         if chosen:
             tables = self._own_tables(how, codes)
-            how = how._replace(rows=coding.rows_of(self._layout, how.contexts, tables))
+            how = coding.coding(self._codec, self._layout, sources, predicted, tables, step, dither)
         self._sent = _Sent(round_index, told, codes, how.rows)
         if self._codec.memory:
             self._history = how.remember(how.dequantise(codes))

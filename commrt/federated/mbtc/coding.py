@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 USES_PREVIOUS, USES_OWN, CHOSEN = 1, 2, 4
 # Codes go up to 32,767 with Z, to half of that with E8, dither included.
-MOST_CODE = 1 << 15
 MOST_STEPS = {"z": 32000.0, "e8": 16000.0}
 # The lowest class has this many half octaves of energy less than a step.
 CLASSES_BELOW_STEP = 44
@@ -159,13 +158,6 @@ def coding(
     return Coding(codec.lattice, step, seed, predicted, contexts, rows)
 
 
-def rows_of(layout: Layout, contexts: Tensor, tables: Tensor) -> Tensor:
-    """The row of each element, int16 (N,), where its group's classes have these first rows."""
-    classes, phases = contexts // NUM_PHASES, contexts % NUM_PHASES
-    parts = zip(layout.groups, tables, strict=True)
-    return phases + torch.cat([firsts[group.of(classes).int()] for group, firsts in parts])
-
-
 def coded_alone(layout: Layout, planes: Sequence[Sequence[Plane]], block: int) -> list[slice]:
     """The parts of the flat vector whose codes are not sent as cosets, in order and apart."""
     parts: list[slice] = []
@@ -204,4 +196,4 @@ def context(
 def _lowest_class(step: float) -> int:
     [single] = struct.unpack("<f", struct.pack("<f", step))
     [bits] = struct.unpack("<I", struct.pack("<f", single * single))
-    return max(0, (int(bits) >> 22) - CLASSES_BELOW_STEP)
+    return max(0, int(bits >> 22) - CLASSES_BELOW_STEP)
