@@ -1,10 +1,14 @@
 #include <cstring>
 
 #include "../rans.h"
-#include "simd.h"
+#include "rans_inverse.h"
+#include "rans_symbol.h"
 
 namespace commrt::COMMRT_ISA {
 namespace {
+
+// A word more or less can be foreseen where there are few lanes, since each has its own measure.
+constexpr int kMostForeseen = 4;
 
 template <int lanes>
 struct Encoder {
@@ -19,20 +23,27 @@ struct Encoder {
     states[0] += check;
   }
 
+  // As pushed() does it, without a division.
   COMMRT_MEMBER void push(int lane, std::int16_t code, std::int16_t row) {
-    const bool is_row = row >= 0 && row < table.num_rows;
-    Slots slots = slots_of(table.starts + (is_row ? row : 0) * kSymbols, symbol_of(code));
-    is_codable &= is_row && slots.frequency != 0;
-    slots.frequency += slots.frequency == 0;
-    states[lane] = pushed(without_word(states[lane], slots.frequency), slots);
+    const Slots slots = slots_of(table.starts + row * kSymbols, symbol_of(code));
+    is_codable &= slots.frequency != 0;
+    const std::uint32_t state = without_word(states[lane], slots.frequency);
+    const std::uint32_t quotient = kInverses.quotient(state, slots.frequency);
+    states[lane] = state + quotient * (kSlots - slots.frequency) + slots.first;
   }
 
-  // Without a branch, which could not be foreseen: a word that is not given away is overwritten.
   COMMRT_MEMBER std::uint32_t without_word(std::uint32_t state, std::uint32_t frequency) {
     const bool gives = gives_word(state, frequency);
-    words[-1] = static_cast<std::uint16_t>(state);
-    words -= gives;
-    return state >> gives * kWordBits;
+    if constexpr (lanes <= kMostForeseen) {
+      if (!gives) [[likely]]
+        return state;
+      *--words = static_cast<std::uint16_t>(state);
+      return state >> kWordBits;
+    } else {
+      words[-1] = static_cast<std::uint16_t>(state);  // overwritten if it is not given away
+      words -= gives;
+      return state >> gives * kWordBits;
+    }
   }
 };
 
@@ -43,8 +54,9 @@ COMMRT_PHASE std::int32_t encode_segment(const RansEncodeArgs& args, std::int64_
                      *rows = args.rows + segment * kRansSegment;
   std::uint16_t *const stream = args.words + segment * args.capacity, *const end =
                                                                           stream + args.capacity;
-  Encoder<lanes> encoder(args.table, end, args.checks[segment]);
   int j = rans_count(args.numel, segment);
+  if (!are_rows(rows, j, args.table.num_rows)) return -1;
+  Encoder<lanes> encoder(args.table, end, args.checks[segment]);
   while (j % lanes) --j, encoder.push(j % lanes, codes[j], rows[j]);
   while (j > 0) {
     j -= lanes;

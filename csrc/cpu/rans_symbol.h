@@ -1,11 +1,21 @@
-// Which symbol a slot belongs to, by each instruction set: how many of a row's starts are not above it.
+// What both coders do by each instruction set.
 #pragma once
+
+#include <algorithm>
 
 #include "../math/rans.h"
 #include "simd.h"
 
 namespace commrt::COMMRT_ISA {
 
+// Whether each row is in a table.
+COMMRT_PHASE bool are_rows(const std::int16_t* rows, int count, std::int64_t num_rows) {
+  std::uint16_t most = 0;
+  for (int j = 0; j < count; ++j) most = std::max(most, static_cast<std::uint16_t>(rows[j]));
+  return most < num_rows;
+}
+
+// Which symbol a slot belongs to: how many of a row's starts are not above it.
 #if defined(COMMRT_USE_AVX512)
 
 COMMRT_INLINE int find_symbol(const std::uint16_t* row, std::uint32_t slot) {

@@ -44,7 +44,7 @@ COMMRT_HD std::uint32_t pushed(std::uint32_t state, Slots slots) {
 
 COMMRT_HD std::uint32_t slot_of(std::uint32_t state) { return state & (kSlots - 1); }
 COMMRT_HD std::uint32_t popped(std::uint32_t state, Slots slots) {
-  return slots.frequency * (state >> kSlotBits) + slot_of(state) - slots.first;
+  return slots.frequency * (state >> kSlotBits) + (slot_of(state) - slots.first);
 }
 
 // The last symbol that begins at the slot or before it. By the sign of a difference, since a branch

@@ -63,7 +63,11 @@ def encoded(
 
 
 def decoded(
-    streams: list[list[int]], rows: Tensor, lanes: int, spare: int = 0
+    streams: list[list[int]],
+    rows: Tensor,
+    lanes: int,
+    spare: int = 0,
+    starts: Tensor | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
     """Codes, words used and checks of streams of which ``spare`` more words are told."""
     widest = max(map(len, streams), default=0)
@@ -72,7 +76,8 @@ def decoded(
     lengths = torch.tensor([len(stream) + spare for stream in streams], dtype=torch.int32)
     lengths = lengths.to(rows.device)
     codes, used = torch.full_like(rows, 99), torch.full_like(lengths, 99)
-    checks, starts = torch.ones_like(lengths).to(torch.uint16), table().to(rows.device)
+    checks = torch.ones_like(lengths).to(torch.uint16)
+    starts = (table() if starts is None else starts).to(rows.device)
     ops.rans_decode(words, lengths, rows, starts, codes, checks, used, lanes=lanes)
     return codes.tolist(), used.tolist(), checks.tolist()
 
@@ -88,23 +93,29 @@ def damaged(numel: int) -> tuple[list[int], list[int], list[int]]:
     return [0] * numel, [-1], [0]
 
 
-def encoded_everywhere(codes: Tensor, rows: Tensor, lanes: int) -> list[list[int]]:
+def encoded_everywhere(
+    codes: Tensor, rows: Tensor, lanes: int, starts: Tensor | None = None
+) -> list[list[int]]:
     with cases.using_specification():
-        expected = encoded(codes, rows, lanes)
+        expected = encoded(codes, rows, lanes, starts)
     for path, use in cases.paths().items():
         with use:
-            assert encoded(codes, rows, lanes) == expected, path
+            assert encoded(codes, rows, lanes, starts) == expected, path
     return expected
 
 
 def decoded_everywhere(
-    streams: list[list[int]], rows: Tensor, lanes: int, spare: int = 0
+    streams: list[list[int]],
+    rows: Tensor,
+    lanes: int,
+    spare: int = 0,
+    starts: Tensor | None = None,
 ) -> tuple[list[int], list[int], list[int]]:
     with cases.using_specification():
-        expected = decoded(streams, rows, lanes, spare)
+        expected = decoded(streams, rows, lanes, spare, starts)
     for path, use in cases.paths().items():
         with use:
-            assert decoded(streams, rows, lanes, spare) == expected, path
+            assert decoded(streams, rows, lanes, spare, starts) == expected, path
     return expected
 
 
@@ -146,6 +157,36 @@ def test_a_long_segment_of_the_specification() -> None:
 def long_streams() -> list[list[int]]:
     with cases.using_specification():
         return encoded(*sample(RANS_SEGMENT + 1, seed=0), 32)
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_codes_of_few_words(lanes: int) -> None:
+    """Nearly all -1, 0 or 1, and a few that are far; whole, and without their last words."""
+    starts, rows = geometric(0.4), torch.zeros(1003, dtype=torch.int16)
+    slot = torch.randint(rans.SLOTS, rows.shape, generator=torch.Generator().manual_seed(lanes))
+    codes = (torch.searchsorted(starts[0].long(), slot, right=True) - 1 - rans.MOST_CODE).short()
+    codes[[7, 500, 1002]] = torch.tensor([-31, 30, 5], dtype=torch.int16)
+    [stream] = encoded_everywhere(codes, rows, lanes, starts)
+    assert len(stream) - 2 * lanes < 60
+    found = decoded_everywhere([stream], rows, lanes, starts=starts)
+    assert found == whole(codes, [stream])
+    for length in range(2 * lanes, len(stream), 4):
+        found = decoded_everywhere([stream[:length]], rows, lanes, starts=starts)
+        assert found == damaged(1003)
+
+
+def test_every_frequency_divides() -> None:
+    """Numbers of slots that a symbol can have, in rows that take turns at random."""
+    slots = torch.cat([torch.arange(1, 200), torch.arange(200, rans.SLOTS, 37)])
+    starts = torch.full((slots.numel(), 64), rans.SLOTS)
+    starts[:, :31] = 0
+    starts[:, 31] = rans.SLOTS - slots
+    for seed in range(3):
+        order = torch.randperm(slots.numel(), generator=torch.Generator().manual_seed(seed))
+        rows, codes = order.to(torch.int16), torch.zeros_like(order).to(torch.int16)
+        streams = encoded_everywhere(codes, rows, 1, starts.to(torch.uint16))
+        found = decoded(streams, rows, 1, starts=starts.to(torch.uint16))
+        assert found == whole(codes, streams)
 
 
 def test_the_layout() -> None:
