@@ -1,4 +1,8 @@
 // The ops of rANS: addresses and sizes in, nothing out.
+#include <nanobind/stl/vector.h>
+
+#include <atomic>
+
 #include "bind.h"
 #include "cpu/dispatch.h"
 #include "cpu/thread_pool.h"
@@ -30,7 +34,7 @@ void run(const RansDecodeArgs& args, cuda::Queue queue) { cuda::rans_decode(args
 template <typename Where>
 void rans_encode(Address codes, Address rows, Index numel, Address starts, Index num_rows,
                  int lanes, Address checks, Address words, Index capacity, Address lengths,
-                 Where where) {
+                 Address escaped, Address num_escaped, Where where) {
   const nb::gil_scoped_release release;
   run(RansEncodeArgs{at<const std::int16_t>(codes),
                      at<const std::int16_t>(rows),
@@ -40,7 +44,9 @@ void rans_encode(Address codes, Address rows, Index numel, Address starts, Index
                      at<const std::uint16_t>(checks),
                      at<std::uint16_t>(words),
                      capacity,
-                     at<std::int32_t>(lengths)},
+                     at<std::int32_t>(lengths),
+                     at<std::int16_t>(escaped),
+                     at<std::int32_t>(num_escaped)},
       where);
 }
 
@@ -62,6 +68,19 @@ void rans_decode(Address words, Index capacity, Address lengths, Address rows, I
       where);
 }
 
+// Whether all rows are there.
+bool rans_count(Address codes, Address rows, const std::vector<Index>& ends, Index num_rows,
+                Address counts, ThreadCount threads) {
+  const nb::gil_scoped_release release;
+  std::atomic<bool> is_whole{true};
+  const RansCountArgs args = {at<const std::int16_t>(codes), at<const std::int16_t>(rows),
+                              ends.data(), num_rows, at<std::int64_t>(counts)};
+  parallel_for(static_cast<Index>(ends.size()), 1, threads.count, [&](Index begin, Index end) {
+    if (!active_kernels().rans_count(args, begin, end)) is_whole = false;
+  });
+  return is_whole;
+}
+
 template <typename Where>
 void define_ops(nb::module_& m) {
   m.def("rans_encode", &rans_encode<Where>);
@@ -72,6 +91,7 @@ void define_ops(nb::module_& m) {
 
 void bind_rans(nb::module_& m) {
   define_ops<ThreadCount>(m);
+  m.def("rans_count", &rans_count);
 #if defined(COMMRT_CUDA)
   define_ops<cuda::Queue>(m);
 #endif

@@ -24,6 +24,8 @@ struct RansEncodeArgs {
   std::uint16_t* words;
   std::int64_t capacity;
   std::int32_t* lengths;
+  std::int16_t* escaped;  // may be null, then none may
+  std::int32_t* num_escaped;
 };
 
 struct RansDecodeArgs {
@@ -39,11 +41,20 @@ struct RansDecodeArgs {
   std::int32_t* used;
 };
 
+// Parts of the codes, each with counts of its own.
+struct RansCountArgs {
+  const std::int16_t* codes;
+  const std::int16_t* rows;
+  const std::int64_t* ends;
+  std::int64_t num_rows;
+  std::int64_t* counts;
+};
+
 COMMRT_HD std::int64_t rans_segments(std::int64_t numel) {
   return (numel + kRansSegment - 1) / kRansSegment;
 }
 // Symbols that a segment has.
-COMMRT_HD int rans_count(std::int64_t numel, std::int64_t segment) {
+COMMRT_HD int rans_symbols(std::int64_t numel, std::int64_t segment) {
   const std::int64_t left = numel - segment * kRansSegment;
   return static_cast<int>(left < kRansSegment ? left : kRansSegment);
 }

@@ -30,13 +30,12 @@ from commrt.codecs.code_tables import (
     fit_rows,
 )
 from commrt.errors import ConfigError, WireFormatError
-from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, RANS_SEGMENT, SYMBOLS
+from commrt.ops.rans import ESCAPE, ESCAPED, MOST_CODE, RANS_SEGMENT, SYMBOLS, outside
 
 __all__ = [
     "checksums",
     "code_length",
     "count_codes",
-    "count_codes_",
     "decode_codes",
     "encode_codes",
     "entropy_tables",
@@ -44,6 +43,8 @@ __all__ = [
     "read_streams",
     "write_streams",
 ]
+
+Integers = NDArray[np.int64]
 
 WORD_BYTES = 2
 # A lane costs three bytes. Four are twice as fast on a CPU as one, and as fast as 32.
@@ -72,11 +73,11 @@ def encode_codes(codes: Tensor, rows: Tensor) -> bytes:
             f"must be int16 {tuple(rows.shape)} on {rows.device}"
         )
     codes, rows = codes.contiguous(), rows.contiguous()
-    is_escaped = _are_escaped(codes, rows)
-    escaped = codes[is_escaped].cpu().numpy()
-    coded = codes.masked_fill(is_escaped, ESCAPED) if escaped.size else codes
-    streams = write_streams(coded, rows, entropy_tables(codes.device), checksums(codes))
-    return streams + _varints(_zigzag(escaped.astype(np.int64)))
+    escaped, checks = torch.empty_like(codes), checksums(codes)
+    counts = checks.new_empty(checks.shape, dtype=torch.int32)
+    table = entropy_tables(codes.device)
+    streams = _write(codes, rows, table, checks, escaped=escaped, num_escaped=counts)
+    return streams + _escaped_bytes(escaped, counts.tolist())
 
 
 def decode_codes(payload: bytes, rows: Tensor, numel: int) -> Tensor:
@@ -101,11 +102,16 @@ def decode_codes(payload: bytes, rows: Tensor, numel: int) -> Tensor:
     if rows.numel() != numel:
         raise ConfigError(f"rows has {rows.numel()} elements: must have numel={numel}")
     rows, data = rows.contiguous(), np.frombuffer(payload, dtype=np.uint8)
-    codes, checks, num_bytes = read_streams(data, rows, entropy_tables(rows.device))
-    _fill_escaped(codes, rows, data[num_bytes:])
-    if checks.tolist() != checksums(codes).tolist():
+    try:
+        codes, checks, num_bytes = read_streams(data, rows, entropy_tables(rows.device))
+    except WireFormatError:
+        _check_inside(rows, NUM_ROWS)
+        raise
+    found = codes.cpu()
+    _fill_escaped(found, rows, data[num_bytes:])
+    if checks.tolist() != _checksums(found):
         raise WireFormatError(f"a checksum of {numel} codes is not theirs")
-    return codes
+    return found.to(codes.device)
 
 
 def write_streams(codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor) -> bytes:
@@ -117,21 +123,7 @@ def write_streams(codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor) ->
         table: uint16 [R, 64], as :mod:`commrt.ops.rans` describes it.
         checks: uint16 [S], what goes with each segment, such as :func:`checksums`.
     """
-    lanes = _num_lanes(codes.numel())
-    words = codes.new_empty(
-        checks.numel(), ops.rans_capacity(codes.numel(), lanes), dtype=torch.uint16
-    )
-    lengths = codes.new_empty(checks.numel(), dtype=torch.int32)
-    ops.rans_encode(codes, rows, table, checks, words, lengths, lanes=lanes)
-    used = lengths.tolist()
-    assert min(used, default=0) >= 0, "a code has no slots in its row"
-    streams = [words[segment, :length] for segment, length in enumerate(used)]
-    return b"".join(
-        [
-            _varints(np.array(used[:-1], dtype=np.int64)),
-            *(stream.cpu().numpy().astype("<u2").tobytes() for stream in streams),
-        ]
-    )
+    return _write(codes, rows, table, checks)
 
 
 def read_streams(
@@ -148,10 +140,9 @@ def read_streams(
     numel, lanes = rows.numel(), _num_lanes(rows.numel())
     lengths, begin = _read_lengths(data, numel, lanes)
     codes = torch.empty_like(rows)
-    checks = rows.new_empty(len(lengths), dtype=torch.uint16)
-    used = rows.new_empty(len(lengths), dtype=torch.int32)
     words = _read_words(data, begin, lengths).to(rows.device)
-    most = torch.tensor(lengths, dtype=torch.int32, device=rows.device)
+    most = torch.from_numpy(np.array(lengths, dtype=np.int32)).to(rows.device)
+    checks, used = torch.empty_like(most, dtype=torch.uint16), torch.empty_like(most)
     ops.rans_decode(words, most, rows, table, codes, checks, used, lanes=lanes)
     taken = used.tolist()
     if taken[:-1] != lengths[:-1] or min(taken, default=0) < 0:
@@ -161,10 +152,8 @@ def read_streams(
 
 def checksums(codes: Tensor) -> Tensor:
     """Of each segment of int16 [N], contiguous: uint16 [S]."""
-    parts = codes.cpu().numpy().astype("<i2", copy=False)
-    begins = range(0, parts.size, RANS_SEGMENT)
-    sums = [zlib.crc32(parts[begin : begin + RANS_SEGMENT].data) & 0xFFFF for begin in begins]
-    return torch.tensor(sums, dtype=torch.uint16, device=codes.device)
+    sums = np.array(_checksums(codes.cpu()), dtype=np.uint16)
+    return torch.from_numpy(sums).to(codes.device)
 
 
 def count_codes(codes: Tensor, rows: Tensor, num_classes: int) -> Tensor:
@@ -178,15 +167,10 @@ def count_codes(codes: Tensor, rows: Tensor, num_classes: int) -> Tensor:
     Returns:
         int64 [C, 16, 64].
     """
-    counts = torch.zeros(num_classes * NUM_PHASES * SYMBOLS, dtype=torch.int64, device=codes.device)
-    count_codes_(counts, codes, rows)
+    shape = (1, num_classes * NUM_PHASES, SYMBOLS)
+    counts = torch.zeros(shape, dtype=torch.int64, device=codes.device)
+    ops.rans_count_(counts, codes.contiguous(), rows.contiguous(), [codes.numel()])
     return counts.view(num_classes, NUM_PHASES, SYMBOLS)
-
-
-def count_codes_(counts: Tensor, codes: Tensor, rows: Tensor) -> None:
-    """Add what :func:`count_codes` returns to ``counts``, int64 [C * 16 * 64]."""
-    index = rows.long() * SYMBOLS + _symbols(codes)
-    counts.scatter_add_(0, index, torch.ones_like(index))
 
 
 def _num_lanes(numel: int) -> int:
@@ -196,11 +180,42 @@ def _num_lanes(numel: int) -> int:
 def _check_rows(rows: Tensor) -> None:
     if rows.dtype != torch.int16 or rows.dim() != 1:
         raise ConfigError(f"rows is {rows.dtype} {tuple(rows.shape)}: must be 1-D torch.int16")
-    if rows.numel() == 0:
-        return
-    least, most = (int(row) for row in rows.aminmax())
-    if least < 0 or most >= NUM_ROWS:
-        raise ConfigError(f"rows are {least} to {most}: must be 0 to {NUM_ROWS - 1}")
+
+
+def _check_inside(rows: Tensor, num_rows: int) -> None:
+    if rows.numel() and not bool(((rows >= 0) & (rows < num_rows)).all()):
+        raise outside(rows, num_rows)
+
+
+def _checksums(codes: Tensor) -> list[int]:
+    parts = codes.numpy().astype("<i2", copy=False)
+    begins = range(0, parts.size, RANS_SEGMENT)
+    return [zlib.crc32(parts[begin : begin + RANS_SEGMENT].data) & 0xFFFF for begin in begins]
+
+
+def _write(codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor, **escapes: Tensor) -> bytes:
+    """As :func:`write_streams`; ``escapes`` are those of :func:`commrt.ops.rans_encode`."""
+    lanes = _num_lanes(codes.numel())
+    most = ops.rans_capacity(codes.numel(), lanes)
+    words = codes.new_empty(checks.numel(), most, dtype=torch.uint16)
+    lengths = codes.new_empty(checks.numel(), dtype=torch.int32)
+    ops.rans_encode(codes, rows, table, checks, words, lengths, lanes=lanes, **escapes)
+    used = lengths.tolist()
+    if min(used, default=0) < 0:
+        _check_inside(rows, table.shape[0])
+        raise AssertionError("a code has no slots in its row")
+    streams = [words[segment, :length] for segment, length in enumerate(used)]
+    parts = [stream.cpu().numpy().astype("<u2", copy=False).tobytes() for stream in streams]
+    return b"".join([_varints(np.array(used[:-1], dtype=np.int64)), *parts])
+
+
+def _escaped_bytes(escaped: Tensor, counts: list[int]) -> bytes:
+    """Of each segment so many codes, which lie from its first place on."""
+    if not any(counts):
+        return b""
+    begins = range(0, escaped.numel(), RANS_SEGMENT)
+    parts = [escaped[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
+    return _varints(_zigzag(torch.cat(parts).cpu().numpy().astype(np.int64)))
 
 
 def _symbols(codes: Tensor) -> Tensor:
@@ -244,25 +259,30 @@ def _read_words(data: NDArray[np.uint8], begin: int, lengths: list[int]) -> Tens
 
 
 def _fill_escaped(codes: Tensor, rows: Tensor, data: NDArray[np.uint8]) -> None:
-    """Put into ``codes`` those that escaped, which ``data`` must have and nothing else."""
-    [where] = (codes == ESCAPED).nonzero(as_tuple=True)
-    zigzag, num_bytes = _read_varints(data, where.numel())
+    """Put into ``codes``, on the CPU, those that escaped: ``data`` must have them and no more."""
+    values = codes.numpy()
+    where = np.flatnonzero(values == ESCAPED)
+    zigzag, num_bytes = _read_varints(data, where.size)
     if num_bytes != data.size:
         raise WireFormatError(f"{data.size - num_bytes} bytes behind the last of the codes")
-    if zigzag.max(initial=0) >= 1 << 16:
+    if where.size == 0:
+        return
+    if zigzag.max() >= 1 << 16:
         raise WireFormatError(f"an escaped code of {int(zigzag.max()):#x}: has 16 bits")
-    escaped = torch.from_numpy((zigzag >> 1 ^ -(zigzag & 1)).astype(np.int16)).to(codes.device)
-    if not bool(_are_escaped(escaped, rows[where]).all()):
+    values[where] = zigzag >> 1 ^ -(zigzag & 1)
+    index = torch.from_numpy(where)
+    if not bool(_are_escaped(codes[index], rows[index.to(rows.device)].cpu()).all()):
         raise WireFormatError("a code has escaped that need not")
-    codes[where] = escaped
 
 
-def _zigzag(codes: NDArray[np.int64]) -> NDArray[np.int64]:
+def _zigzag(codes: Integers) -> Integers:
     return codes << 1 ^ codes >> 63
 
 
-def _varints(values: NDArray[np.int64]) -> bytes:
+def _varints(values: Integers) -> bytes:
     """Seven bits a byte, the lowest first; the highest bit says that more follow."""
+    if values.size == 0:
+        return b""
     sevens = values[:, None] >> 7 * np.arange(MOST_VARINT_BYTES)
     is_there = (sevens > 0) | (np.arange(MOST_VARINT_BYTES) == 0)
     more = (sevens >> 7 > 0) << 7
@@ -270,8 +290,10 @@ def _varints(values: NDArray[np.int64]) -> bytes:
     return data
 
 
-def _read_varints(data: NDArray[np.uint8], count: int) -> tuple[NDArray[np.int64], int]:
+def _read_varints(data: NDArray[np.uint8], count: int) -> tuple[Integers, int]:
     """So many from the beginning of ``data``, and the bytes that they take."""
+    if count == 0:
+        return np.empty(0, dtype=np.int64), 0
     [ends] = (data < 0x80).nonzero()
     if ends.size < count:
         raise WireFormatError(f"{ends.size} numbers in {data.size} bytes: must be {count}")

@@ -34,7 +34,13 @@ from commrt.ops.polar import (
     polar_scratch,
     polar_transform_,
 )
-from commrt.ops.rans import rans_capacity, rans_decode, rans_encode, rans_segments
+from commrt.ops.rans import (
+    rans_capacity,
+    rans_count_,
+    rans_decode,
+    rans_encode,
+    rans_segments,
+)
 from commrt.ops.reference.moments import MomentMap, decode_moment, encode_moment
 from commrt.ops.sources import (
     source_energies,
@@ -77,6 +83,7 @@ __all__ = [
     "polar_scratch",
     "polar_transform_",
     "rans_capacity",
+    "rans_count_",
     "rans_decode",
     "rans_encode",
     "rans_segments",

@@ -25,6 +25,8 @@ Source: J. Duda, "Asymmetric numeral systems", 2013 (arXiv 1311.2540); F. Giesen
 entropy coders", 2014 (arXiv 1402.3392).
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ def rans_capacity(numel: int, lanes: int) -> int:
     return 2 * lanes + min(numel, RANS_SEGMENT)
 
 
-@takes_arrays("words", "lengths")
+@takes_arrays("words", "lengths", "escaped", "num_escaped")
 def rans_encode(
     codes: Tensor,
     rows: Tensor,
@@ -63,8 +65,12 @@ def rans_encode(
     lengths: Tensor,
     *,
     lanes: int,
+    escaped: Tensor | None = None,
+    num_escaped: Tensor | None = None,
 ) -> None:
     """Write the streams of ``codes``. Deterministic and lossless, but for what escapes.
+
+    Where ``escaped`` is given, a code that has no slots in its row escapes as well.
 
     Args:
         codes: int16[N].
@@ -76,12 +82,23 @@ def rans_encode(
         lengths: int32[S], overwritten with the words of each stream; -1 for a segment with a row
             that is not in the table, or a symbol that has no slots.
         lanes: 1, 4 or 32; more are faster and cost up to four bytes each.
+        escaped: int16[N]; of each segment the first places are overwritten with the codes that
+            escape, in order, and those behind them with anything.
+        num_escaped: int32[S], overwritten with how many they are; 0 where the length is -1. Given
+            with ``escaped``, or neither.
     """
     _check(codes, rows, starts, checks, words, lengths, codes.numel(), lanes)
+    if (escaped is None) != (num_escaped is None):
+        raise ConfigError("escaped without num_escaped, or that without it: must be given both")
+    if escaped is not None and num_escaped is not None:
+        _check_flat("escaped", escaped, torch.int16, codes.numel(), codes.device)
+        _check_flat("num_escaped", num_escaped, torch.int32, lengths.numel(), codes.device)
     least = rans_capacity(codes.numel(), lanes)
     if words.shape[1] < least:
         raise ConfigError(f"words has {words.shape[1]} a segment: must have at least {least}")
-    torch.ops.commrt.rans_encode(codes, rows, starts, lanes, checks, words, lengths)
+    torch.ops.commrt.rans_encode(
+        codes, rows, starts, lanes, checks, words, lengths, escaped, num_escaped
+    )
 
 
 @takes_arrays("codes", "checks", "used")
@@ -115,6 +132,45 @@ def rans_decode(
     _check(codes, rows, starts, checks, words, lengths, rows.numel(), lanes)
     _check_flat("used", used, torch.int32, lengths.numel(), words.device)
     torch.ops.commrt.rans_decode(words, lengths, rows, starts, lanes, codes, checks, used)
+
+
+@takes_arrays("counts")
+def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: Sequence[int]) -> None:
+    """Add how often each row has each symbol, in each part of the codes.
+
+    Args:
+        counts: int64[P, R, 64], contiguous, updated in place.
+        codes: int16[N].
+        rows: int16[N], in [0, R).
+        ends: P of them: part p is ``[ends[p - 1], ends[p])``, the first one from 0 on.
+
+    Raises:
+        ConfigError: A tensor that does not serve; or a row outside, and then of some parts nothing
+            is added.
+
+    Device: what is not on the CPU is counted by the reference.
+    """
+    if counts.dtype != torch.int64 or counts.dim() != 3 or counts.shape[2] != SYMBOLS:
+        raise ConfigError(
+            f"counts is {counts.dtype} {tuple(counts.shape)}: must be int64 (parts, rows, 64)"
+        )
+    if not counts.is_contiguous():
+        raise ConfigError(f"counts has strides {counts.stride()}: must be contiguous")
+    _check_flat("codes", codes, torch.int16, codes.numel(), counts.device)
+    _check_flat("rows", rows, torch.int16, codes.numel(), counts.device)
+    ends = list(ends)
+    bounds = [0, *ends, codes.numel()]
+    if len(ends) != counts.shape[0] or bounds != sorted(bounds):
+        raise ConfigError(
+            f"ends={ends}: must be {counts.shape[0]} that do not fall, from 0 to {codes.numel()}"
+        )
+    torch.ops.commrt.rans_count_(counts, codes, rows, ends)
+
+
+def outside(rows: Tensor, num_rows: int) -> ConfigError:
+    """What is said of rows, one of which is not in a table of so many."""
+    least, most = (int(row) for row in rows.aminmax())
+    return ConfigError(f"rows are {least} to {most}: must be 0 to {num_rows - 1}")
 
 
 def _check(

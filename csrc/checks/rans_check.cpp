@@ -65,11 +65,18 @@ struct Case {
   }
 };
 
-// Of what is encoded, only the stream: behind it is anything.
+// What is written: the first `count` elements, of `size` bytes; behind them is anything.
+void forget_rest(Buffer& buffer, std::int64_t count, std::int64_t numel, std::int64_t size) {
+  for (std::uint8_t* all : {buffer.cpu(), buffer.gpu()}) {
+    std::memset(all + size * count, 0, static_cast<std::size_t>(size * (numel - count)));
+  }
+}
+
 std::vector<std::uint16_t> check_encode(Checks& checks, const Case& given, std::uint16_t check,
-                                        const std::string& name) {
-  Buffer words(2 * given.capacity(), 2), lengths(4, 0);
-  const auto args = [&](std::uint8_t* to, std::uint8_t* length) {
+                                        bool may_escape, const std::string& name) {
+  Buffer words(2 * given.capacity(), 2), lengths(4, 0), escaped(2 * given.numel, 2), counts(4, 0);
+  const auto args = [&](std::uint8_t* to, std::uint8_t* length, std::uint8_t* codes,
+                        std::uint8_t* count) {
     return RansEncodeArgs{given.codes.data(),
                           given.rows.data(),
                           given.numel,
@@ -78,18 +85,19 @@ std::vector<std::uint16_t> check_encode(Checks& checks, const Case& given, std::
                           &check,
                           reinterpret_cast<std::uint16_t*>(to),
                           given.capacity(),
-                          reinterpret_cast<std::int32_t*>(length)};
+                          reinterpret_cast<std::int32_t*>(length),
+                          may_escape ? reinterpret_cast<std::int16_t*>(codes) : nullptr,
+                          may_escape ? reinterpret_cast<std::int32_t*>(count) : nullptr};
   };
-  portable::rans_encode(args(words.cpu(), lengths.cpu()), 0, 1);
-  cuda::rans_encode(args(words.gpu(), lengths.gpu()), {});
-  std::int32_t length;
+  portable::rans_encode(args(words.cpu(), lengths.cpu(), escaped.cpu(), counts.cpu()), 0, 1);
+  cuda::rans_encode(args(words.gpu(), lengths.gpu(), escaped.gpu(), counts.gpu()), {});
+  std::int32_t length, num_escaped = 0;
   std::memcpy(&length, lengths.cpu(), sizeof length);
+  if (may_escape) std::memcpy(&num_escaped, counts.cpu(), sizeof num_escaped);
   const std::int64_t num_words = length < 0 ? 0 : length;
-  for (std::uint8_t* all : {words.cpu(), words.gpu()}) {
-    std::memset(all + 2 * num_words, 0,
-                static_cast<std::size_t>(2 * (given.capacity() - num_words)));
-  }
-  checks.expect(name, {&lengths, &words});
+  forget_rest(words, num_words, given.capacity(), 2);
+  forget_rest(escaped, num_escaped, given.numel, 2);
+  checks.expect(name, {&lengths, &words, &counts, &escaped});
   const auto* stream = reinterpret_cast<const std::uint16_t*>(words.cpu());
   return {stream, stream + num_words};
 }
@@ -145,7 +153,8 @@ void check_rans_encode(Checks& checks, std::mt19937& random) {
                 [&](Case given, Damage kind, const std::string& name) {
                   given.spoil(kind, random);
                   const auto check = static_cast<std::uint16_t>(random());
-                  check_encode(checks, given, check, "rans_encode " + name);
+                  check_encode(checks, given, check, false, "rans_encode " + name);
+                  check_encode(checks, given, check, true, "escaping " + name);
                 });
 }
 
@@ -153,7 +162,7 @@ void check_rans_decode(Checks& checks, std::mt19937& random) {
   for_each_case({Damage::kNone, Damage::kRow, Damage::kFlipped, Damage::kShort, Damage::kLong,
                  Damage::kNoise},
                 random, [&](Case given, Damage kind, const std::string& name) {
-                  std::vector<std::uint16_t> stream = check_encode(checks, given, 7, name);
+                  std::vector<std::uint16_t> stream = check_encode(checks, given, 7, false, name);
                   given.spoil(kind, random);
                   const std::int32_t length = damage(stream, kind, random);
                   check_decode(checks, given, stream, length, kind == Damage::kNone,

@@ -12,33 +12,38 @@
 namespace commrt {
 
 // Every op once: what it returns, its name, and what it takes before the range.
-#define COMMRT_KERNELS(kernel)                                                                     \
-  kernel(void, block_encode, const BlockEncodeArgs&) kernel(                                       \
-      void, block_decode, const BlockDecodeArgs&) kernel(void, loco_encode, const LocoEncodeArgs&) \
-      kernel(void, decode_average, const DecodeAverageArgs&) kernel(                               \
-          void, decode_average_encode, const DecodeAverageEncodeArgs&)                             \
-          kernel(void, rescale, const RescaleArgs&) kernel(                                        \
-              void, adam_mini, const StepList&) kernel(void, adamw, const StepList&)               \
-              kernel(void, mofo, const StepList&) kernel(void, lion, const StepList&) kernel(      \
-                  void, adan, const StepList&) kernel(void, square_sums, const SquaresList&)       \
-                  kernel(bool, patch_apply, const PatchApplyArgs&) kernel(                         \
-                      void, patch_encode, const PatchEncodeArgs&,                                  \
-                      PatchPiece&) kernel(void, dither_quantise, const DitherQuantiseArgs&)        \
-                      kernel(void, dither_dequantise, const DitherDequantiseArgs&) kernel(         \
-                          void, scale_rows, const ScaleRowsArgs&)                                  \
-                          kernel(void, lmmse_combine, const LmmseCombineArgs&) kernel(             \
-                              void, rans_encode, const RansEncodeArgs&)                            \
-                              kernel(void, rans_decode, const RansDecodeArgs&) kernel(             \
-                                  void, polar_transform, const PolarTransformArgs&)                \
-                                  kernel(void, polar_decode, const PolarDecodeArgs&) kernel(       \
-                                      void, coset_llr, const CosetLlrArgs&)                        \
-                                      kernel(void, coset_decode, const CosetDecodeArgs&) kernel(   \
-                                          void, source_energies, const SourceEnergiesArgs&,        \
-                                          const EnergySums&) kernel(void, source_prediction,       \
-                                                                    const SourcePredictionArgs&)   \
-                                          kernel(void, source_products, const SourceProductsArgs&) \
-                                              kernel(void, source_history,                         \
-                                                     const SourceHistoryArgs&)
+// clang-format off
+#define COMMRT_KERNELS(kernel)                                                 \
+  kernel(void, block_encode, const BlockEncodeArgs&)                           \
+  kernel(void, block_decode, const BlockDecodeArgs&)                           \
+  kernel(void, loco_encode, const LocoEncodeArgs&)                             \
+  kernel(void, decode_average, const DecodeAverageArgs&)                       \
+  kernel(void, decode_average_encode, const DecodeAverageEncodeArgs&)          \
+  kernel(void, rescale, const RescaleArgs&)                                    \
+  kernel(void, adam_mini, const StepList&)                                     \
+  kernel(void, adamw, const StepList&)                                         \
+  kernel(void, mofo, const StepList&)                                          \
+  kernel(void, lion, const StepList&)                                          \
+  kernel(void, adan, const StepList&)                                          \
+  kernel(void, square_sums, const SquaresList&)                                \
+  kernel(bool, patch_apply, const PatchApplyArgs&)                             \
+  kernel(void, patch_encode, const PatchEncodeArgs&, PatchPiece&)              \
+  kernel(void, dither_quantise, const DitherQuantiseArgs&)                     \
+  kernel(void, dither_dequantise, const DitherDequantiseArgs&)                 \
+  kernel(void, scale_rows, const ScaleRowsArgs&)                               \
+  kernel(void, lmmse_combine, const LmmseCombineArgs&)                         \
+  kernel(void, rans_encode, const RansEncodeArgs&)                             \
+  kernel(void, rans_decode, const RansDecodeArgs&)                             \
+  kernel(bool, rans_count, const RansCountArgs&)                               \
+  kernel(void, polar_transform, const PolarTransformArgs&)                     \
+  kernel(void, polar_decode, const PolarDecodeArgs&)                           \
+  kernel(void, coset_llr, const CosetLlrArgs&)                                 \
+  kernel(void, coset_decode, const CosetDecodeArgs&)                           \
+  kernel(void, source_energies, const SourceEnergiesArgs&, const EnergySums&)  \
+  kernel(void, source_prediction, const SourcePredictionArgs&)                 \
+  kernel(void, source_products, const SourceProductsArgs&)                     \
+  kernel(void, source_history, const SourceHistoryArgs&)
+// clang-format on
 
 struct Kernels {
   const char* isa;

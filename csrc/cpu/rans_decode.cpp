@@ -92,7 +92,7 @@ COMMRT_PHASE std::int32_t decode_segment(const RansDecodeArgs& args, std::int64_
   const std::int16_t* rows = args.rows + segment * kRansSegment;
   std::int16_t* codes = args.codes + segment * kRansSegment;
   const std::int32_t length = args.lengths[segment];
-  const int count = rans_count(args.numel, segment);
+  const int count = rans_symbols(args.numel, segment);
   if (length < 2 * lanes || length > args.capacity) return -1;
   if (!are_rows(rows, count, args.table.num_rows)) return -1;
   Decoder<lanes> decoder(args.table, stream, length);
@@ -122,7 +122,7 @@ void rans_decode(const RansDecodeArgs& args, std::int64_t begin, std::int64_t en
       if (args.used[segment] >= 0) continue;
       args.checks[segment] = 0;
       std::int16_t* codes = args.codes + segment * kRansSegment;
-      std::fill_n(codes, rans_count(args.numel, segment), std::int16_t{0});
+      std::fill_n(codes, rans_symbols(args.numel, segment), std::int16_t{0});
     }
   });
 }

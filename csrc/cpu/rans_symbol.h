@@ -9,10 +9,11 @@
 namespace commrt::COMMRT_ISA {
 
 // Whether each row is in a table.
-COMMRT_PHASE bool are_rows(const std::int16_t* rows, int count, std::int64_t num_rows) {
-  std::uint16_t most = 0;
-  for (int j = 0; j < count; ++j) most = std::max(most, static_cast<std::uint16_t>(rows[j]));
-  return most < num_rows;
+COMMRT_PHASE bool are_rows(const std::int16_t* rows, std::int64_t count, std::int64_t num_rows) {
+  std::uint16_t most = 0;  // of the rows, of which those below zero are the largest
+  for (std::int64_t j = 0; j < count; ++j)
+    most = std::max(most, static_cast<std::uint16_t>(rows[j]));
+  return count == 0 || most < num_rows;
 }
 
 // Which symbol a slot belongs to: how many of a row's starts are not above it.

@@ -14,7 +14,7 @@ struct Lane {
 
   __device__ __forceinline__ explicit Lane(std::int64_t numel)
       : index(static_cast<int>(threadIdx.x)),
-        count(rans_count(numel, blockIdx.x)),
+        count(rans_symbols(numel, blockIdx.x)),
         first(std::int64_t{blockIdx.x} * kRansSegment) {}
 };
 
@@ -29,23 +29,27 @@ __device__ __forceinline__ bool is_row(const RansTable& table, std::int16_t row)
 
 // Of a symbol; any slots if it has none, or its row is not in the table.
 __device__ __forceinline__ Slots slots_to_push(const RansEncodeArgs& args, std::int64_t index,
-                                               bool& is_codable) {
+                                               bool& is_codable, bool& escapes) {
   const std::int16_t row = args.rows[index];
   Slots slots = {0, 0};
   if (is_row(args.table, row)) {
-    slots = slots_of(args.table.starts + row * kSymbols, symbol_of(args.codes[index]));
+    const std::uint16_t* starts = args.table.starts + row * kSymbols;
+    const int symbol = symbol_of(args.codes[index]);
+    slots = slots_of(starts, symbol);
+    escapes = args.escaped != nullptr && (slots.frequency == 0 || symbol == kEscapeSymbol);
+    if (escapes) slots = slots_of(starts, kEscapeSymbol);
   }
   is_codable &= slots.frequency != 0;
   slots.frequency += slots.frequency == 0;
   return slots;
 }
 
-// Moves words of a stream to lower addresses.
-__device__ __forceinline__ void move_down(std::uint16_t* to, const std::uint16_t* from, int count,
-                                          int lane) {
+// Moves words to lower addresses.
+template <typename Word>
+__device__ __forceinline__ void move_down(Word* to, const Word* from, int count, int lane) {
   for (int begin = 0; begin < count; begin += kWarp) {
     const int i = begin + lane;
-    const std::uint16_t word = i < count ? from[i] : std::uint16_t{0};
+    const Word word = i < count ? from[i] : Word{0};
     __syncwarp();  // all have read what others overwrite
     if (i < count) to[i] = word;
     __syncwarp();
@@ -57,13 +61,22 @@ __global__ void __launch_bounds__(threads) rans_encode_kernel(RansEncodeArgs arg
   const Lane lane(args.numel);
   std::uint16_t* const stream = args.words + blockIdx.x * args.capacity;
   std::uint16_t* const end = stream + args.capacity;
-  std::uint16_t* next = end;  // the words are written from the last one on
+  std::uint16_t* next = end;       // the words are written from the last one on
+  int first_escaped = lane.count;  // as are the codes that escape
   std::uint32_t state = kLeastState + (lane.index == 0 ? args.checks[blockIdx.x] : 0);
   bool is_codable = true;
   for (int j = (lane.count - 1) / args.lanes * args.lanes; j >= 0; j -= args.lanes) {
     const bool has_symbol = lane.index < args.lanes && j + lane.index < lane.count;
+    const std::int64_t index = lane.first + j + lane.index;
     Slots slots = {};
-    if (has_symbol) slots = slots_to_push(args, lane.first + j + lane.index, is_codable);
+    bool escapes = false;
+    if (has_symbol) slots = slots_to_push(args, index, is_codable, escapes);
+    const unsigned escaping = __ballot_sync(kAllLanes, escapes);
+    first_escaped -= __popc(escaping);
+    if (escapes) {
+      const int place = first_escaped + votes_before(escaping, lane.index);
+      args.escaped[lane.first + place] = args.codes[index];
+    }
     const bool gives = has_symbol && gives_word(state, slots.frequency);
     const unsigned votes = __ballot_sync(kAllLanes, gives);
     next -= __popc(votes);
@@ -76,13 +89,20 @@ __global__ void __launch_bounds__(threads) rans_encode_kernel(RansEncodeArgs arg
   const bool is_whole = __ballot_sync(kAllLanes, !is_codable) == 0;
   const int num_words = static_cast<int>(end - next);
   __syncwarp();  // the words that others have written
-  if (lane.index == 0) args.lengths[blockIdx.x] = is_whole ? 2 * args.lanes + num_words : -1;
+  const int num_escaped = lane.count - first_escaped;
+  if (lane.index == 0) {
+    args.lengths[blockIdx.x] = is_whole ? 2 * args.lanes + num_words : -1;
+    if (args.escaped) args.num_escaped[blockIdx.x] = is_whole ? num_escaped : 0;
+  }
   if (!is_whole) return;
   if (lane.index < args.lanes) {
     stream[2 * lane.index] = static_cast<std::uint16_t>(state);
     stream[2 * lane.index + 1] = static_cast<std::uint16_t>(state >> kWordBits);
   }
   move_down(stream + 2 * args.lanes, next, num_words, lane.index);
+  if (args.escaped == nullptr) return;
+  std::int16_t* const escaped = args.escaped + lane.first;
+  move_down(escaped, escaped + first_escaped, num_escaped, lane.index);
 }
 
 template <int threads>

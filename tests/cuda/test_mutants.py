@@ -93,6 +93,14 @@ MUTANTS = {
         new="",
         says=RACE,
     ),
+    "codes that escape in the order of the other lanes": Mutant(
+        tier="plain",
+        op="rans_encode",
+        file="rans.cuh",
+        old="first_escaped + votes_before(escaping, lane.index);",
+        new="first_escaped + __popc(escaping) - 1 - votes_before(escaping, lane.index);",
+        says=DIFFERENT,
+    ),
     "a stream that is read behind its end": Mutant(
         tier="asan",
         op="rans_decode",

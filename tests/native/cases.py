@@ -21,7 +21,7 @@ OPS = (
     *("block_encode", "block_decode", "loco_encode", "decode_average", "decode_average_encode"),
     *("rescale_", "patch_encode", "patch_apply_"),
     *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
-    *("rans_encode", "rans_decode"),
+    *("rans_encode", "rans_decode", "rans_count_"),
     *("source_energies", "source_prediction", "source_products", "source_history"),
     *("polar_transform_", "polar_decode", "coset_llr", "coset_decode"),
 )

@@ -213,6 +213,63 @@ def test_what_escapes_arrives_as_that() -> None:
     assert found[0] == [31, ESCAPED, -31, ESCAPED, ESCAPED, ESCAPED, 0]
 
 
+def escaping(
+    codes: Tensor, rows: Tensor, lanes: int
+) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """The words of each segment, the lengths that are told, and the codes that have escaped."""
+    num_segments = ops.rans_segments(codes.numel())
+    words = torch.empty(num_segments, ops.rans_capacity(codes.numel(), lanes), dtype=torch.uint16)
+    lengths, counts = torch.empty(2, num_segments, dtype=torch.int32)
+    escaped, checks = torch.full_like(codes, 99), checks_of(num_segments)
+    ops.rans_encode(
+        codes, rows, table(), checks, words, lengths,
+        lanes=lanes, escaped=escaped, num_escaped=counts,
+    )  # fmt: skip
+    found = [
+        some[:count].tolist()
+        for some, count in zip(escaped.split(RANS_SEGMENT), counts.tolist(), strict=True)
+    ]
+    streams = zip(words, lengths.clamp(min=0).tolist(), strict=True)
+    return [row[:length].tolist() for row, length in streams], lengths.tolist(), found
+
+
+@pytest.mark.parametrize("lanes", LANES)
+def test_what_has_no_slots_escapes_where_it_may(lanes: int) -> None:
+    """In order, whatever the lanes; the stream is that of codes that stand for the escape."""
+    for seed, numel in enumerate(SIZES[1:]):
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(-40, 40, (numel,), generator=generator).short()
+        rows = torch.randint(8, (numel,), generator=generator).short()
+        codes[::7] = 1000 + torch.arange(numel)[::7].short()
+        with cases.using_specification():
+            expected = escaping(codes, rows, lanes)
+        for path, use in cases.paths().items():
+            with use:
+                assert escaping(codes, rows, lanes) == expected, path
+        is_far = codes.abs() > 31
+        assert expected[2] == [codes[is_far].tolist()]
+        assert expected[0] == encoded(codes.masked_fill(is_far, ESCAPED), rows, lanes)
+
+
+def test_rows_with_slots_for_few() -> None:
+    """A code that is not far escapes as well, but not where the escape itself has no slots."""
+    starts = table().clone()
+    starts[0, 20:] = torch.tensor(rans.SLOTS - 5)
+    starts[0, 63] = rans.SLOTS - 2
+    codes, rows = torch.tensor([-20, 5, -31, 31, -7, 0], dtype=torch.int16), torch.zeros(6).short()
+    for _, use in {"specification": cases.using_specification(), **cases.paths()}.items():
+        with use:
+            words, lengths = torch.empty(1, 8, dtype=torch.uint16), torch.empty(1).int()
+            escaped, count = torch.empty_like(codes), torch.empty(1).int()
+            for last, expected in ((rans.SLOTS - 2, [5, -7, 0]), (rans.SLOTS, None)):
+                starts[0, 63] = last
+                tail = starts, checks_of(1), words, lengths
+                given = {"escaped": escaped, "num_escaped": count}
+                ops.rans_encode(codes, rows, *tail, lanes=1, **given)
+                found = escaped[: int(count)].tolist() if int(lengths) > 0 else None
+                assert found == expected
+
+
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("bits", [0.4, 1.0, 4.0])
 def test_bits_of_a_segment(lanes: int, bits: float) -> None:
@@ -339,6 +396,10 @@ def test_tensors_that_do_not_serve() -> None:
     tail = table(), checks, words, lengths
     with pytest.raises(ConfigError, match=r"lanes=2: must be one of \(1, 4, 32\)"):
         ops.rans_encode(codes, rows, *tail, lanes=2)
+    with pytest.raises(ConfigError, match="escaped without num_escaped"):
+        ops.rans_encode(codes, rows, *tail, lanes=1, escaped=codes.clone())
+    with pytest.raises(ConfigError, match="escaped has 99 elements: must have 100"):
+        ops.rans_encode(codes, rows, *tail, lanes=1, escaped=codes[1:], num_escaped=lengths.clone())
     with pytest.raises(ConfigError, match="words has 108 a segment: must have at least 164"):
         ops.rans_encode(codes, rows, *tail, lanes=32)
     with pytest.raises(

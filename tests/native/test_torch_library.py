@@ -49,8 +49,9 @@ def arguments(name: str) -> tuple[Any, ...]:
         "source_prediction": (torch.zeros(100), flat, None, [1.0, 0.5, 0.0, 2.0], ends),
         "source_products": (products, flat, flat.bfloat16(), -flat, ends),
         "source_history": (flat.bfloat16(), flat, -flat, small, torch.ones(4)),
-        "rans_encode": (*coded, table, 4, check, words, length),
+        "rans_encode": (*coded, table, 4, check, words, length, codes, length.clone()),
         "rans_decode": (words, length, coded[1], table, 4, coded[0], check, length.clone()),
+        "rans_count_": (torch.zeros(2, 40, 64, dtype=torch.int64), *coded, [30, 100]),
     }[name]
 
 

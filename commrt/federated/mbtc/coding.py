@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 USES_PREVIOUS, USES_OWN, CHOSEN = 1, 2, 4
 # Codes go up to 32,767 with Z, to half of that with E8, dither included.
+MOST_CODE = 1 << 15
 MOST_STEPS = {"z": 32000.0, "e8": 16000.0}
 # The lowest class has this many half octaves of energy less than a step.
 CLASSES_BELOW_STEP = 44

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from commrt import ops
 from commrt.codecs.code_tables import NUM_PHASES, fit_rows
-from commrt.codecs.entropy import count_codes_
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc.parameters import NUM_CLASSES
 from commrt.federated.peers import Peers
@@ -32,8 +32,8 @@ class Tables:
 
     def count(self, codes: Tensor, contexts: Tensor) -> None:
         """Take a client's codes, int16 (N,), and their contexts."""
-        for group, counts in zip(self._layout.groups, self._counted(), strict=True):
-            count_codes_(counts, group.of(codes), group.of(contexts))
+        ends = [group.end for group in self._layout.groups]
+        ops.rans_count_(self._counted(), codes, contexts, ends)
 
     def close_round(self, peers: Peers) -> None:
         """From now on what was counted, at all peers, is of the round before.
@@ -58,7 +58,8 @@ class Tables:
     def _counted(self) -> Tensor:
         """This round's counts."""
         if self._fresh is None:
-            self._fresh = torch.zeros(len(self._layout.groups), NUM_CONTEXTS * SYMBOLS).long()
+            shape = (len(self._layout.groups), NUM_CONTEXTS, SYMBOLS)
+            self._fresh = torch.zeros(shape, dtype=torch.int64)
         return self._fresh
 
     def fit(self) -> Tensor | None:

@@ -42,7 +42,7 @@ def _register() -> torch.library.Library:
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"commrt::{name}", lambda *args: None, lib=library)
     if native is not None:
-        for kernel in (*patches.CPU_KERNELS, *sources.CPU_KERNELS):
+        for kernel in (*patches.CPU_KERNELS, *rans.CPU_KERNELS, *sources.CPU_KERNELS):
             library.impl(kernel.__name__, kernel, "CPU")
         for kernel in itertools.chain.from_iterable(family.KERNELS for family in _FAMILIES):
             library.impl(kernel.__name__, kernel, "CPU")

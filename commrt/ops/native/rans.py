@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from commrt.ops.native.module import native, where
+from commrt.ops.rans import outside
 
 SCHEMAS = (
     "rans_encode(Tensor codes, Tensor rows, Tensor starts, int lanes, Tensor checks, "
-    "Tensor(a!) words, Tensor(b!) lengths) -> ()",
+    "Tensor(a!) words, Tensor(b!) lengths, Tensor(c!)? escaped, Tensor(d!)? num_escaped) -> ()",
     "rans_decode(Tensor words, Tensor lengths, Tensor rows, Tensor starts, int lanes, "
     "Tensor(a!) codes, Tensor(b!) checks, Tensor(c!) used) -> ()",
+    "rans_count_(Tensor(a!) counts, Tensor codes, Tensor rows, int[] ends) -> ()",
 )
 
 
@@ -22,6 +25,8 @@ def rans_encode(
     checks: Tensor,
     words: Tensor,
     lengths: Tensor,
+    escaped: Tensor | None,
+    num_escaped: Tensor | None,
 ) -> None:
     """See :func:`commrt.ops.rans_encode`."""
     native.rans_encode(
@@ -35,6 +40,8 @@ def rans_encode(
         words.data_ptr(),
         words.shape[1],
         lengths.data_ptr(),
+        0 if escaped is None else escaped.data_ptr(),
+        0 if num_escaped is None else num_escaped.data_ptr(),
         where(codes),
     )
 
@@ -66,4 +73,19 @@ def rans_decode(
     )
 
 
+def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: list[int]) -> None:
+    """See :func:`commrt.ops.rans_count_`."""
+    found = native.rans_count(
+        codes.data_ptr(),
+        rows.data_ptr(),
+        ends,
+        counts.shape[1],
+        counts.data_ptr(),
+        native.Threads(torch.get_num_threads()),
+    )
+    if not found:
+        raise outside(rows, counts.shape[1])
+
+
 KERNELS: tuple[Callable[..., None], ...] = (rans_encode, rans_decode)
+CPU_KERNELS: tuple[Callable[..., None], ...] = (rans_count_,)

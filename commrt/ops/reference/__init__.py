@@ -25,7 +25,7 @@ from commrt.ops.reference.dither import (
 )
 from commrt.ops.reference.patches import patch_apply_, patch_encode
 from commrt.ops.reference.polar import coset_decode, coset_llr, polar_decode, polar_transform_
-from commrt.ops.reference.rans import rans_decode, rans_encode
+from commrt.ops.reference.rans import rans_count_, rans_decode, rans_encode
 from commrt.ops.reference.sources import (
     source_energies,
     source_history,
@@ -59,6 +59,7 @@ __all__ = [
     "philox",
     "polar_decode",
     "polar_transform_",
+    "rans_count_",
     "rans_decode",
     "rans_encode",
     "rescale_",

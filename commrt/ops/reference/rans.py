@@ -1,6 +1,7 @@
 """rANS, a symbol at a time; :mod:`commrt.ops.rans` has the layout."""
 
 from bisect import bisect_right
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from commrt.ops.rans import (
     RANS_SEGMENT,
     SLOT_BITS,
     SLOTS,
+    SYMBOLS,
+    outside,
 )
 
 WORD_BITS = 16
@@ -27,14 +30,35 @@ def rans_encode(
     checks: Tensor,
     words: Tensor,
     lengths: Tensor,
+    escaped: Tensor | None,
+    num_escaped: Tensor | None,
 ) -> None:
     """See :func:`commrt.ops.rans_encode`."""
     for segment, check in enumerate(checks.tolist()):
         window = slice(segment * RANS_SEGMENT, (segment + 1) * RANS_SEGMENT)
-        stream = _encode_segment(codes[window], rows[window], starts, lanes, check)
+        some = _Escaped(codes[window], None)
+        if escaped is not None and _are_rows(rows[window], starts):
+            some = _escape(codes[window], rows[window], starts)
+        stream = _encode_segment(some.coded, rows[window], starts, lanes, check)
         lengths[segment] = -1 if stream is None else len(stream)
         if stream is not None:
             words[segment, : len(stream)] = torch.tensor(stream).to(words)
+        if escaped is not None and num_escaped is not None:
+            num_escaped[segment] = 0
+            if stream is not None and some.codes is not None:
+                num_escaped[segment] = some.codes.numel()
+                escaped[window][: some.codes.numel()] = some.codes
+
+
+def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: list[int]) -> None:
+    """See :func:`commrt.ops.rans_count_`."""
+    if rows.numel() and not bool(((rows >= 0) & (rows < counts.shape[1])).all()):
+        raise outside(rows, counts.shape[1])
+    index = rows.long() * SYMBOLS + _symbols(codes)
+    begin = 0
+    for part, end in zip(counts, ends, strict=True):
+        part += index[begin:end].bincount(minlength=part.numel()).view_as(part)
+        begin = end
 
 
 def rans_decode(
@@ -61,6 +85,26 @@ def rans_decode(
                 checks[segment], used[segment] = found[1:]
 
 
+class _Escaped(NamedTuple):
+    """Codes with :data:`ESCAPED` where one escapes, and those that do."""
+
+    coded: Tensor
+    codes: Tensor | None
+
+
+def _escape(code_N: Tensor, row_N: Tensor, starts: Tensor) -> _Escaped:
+    bounds = torch.nn.functional.pad(starts.long(), (0, 1), value=SLOTS)
+    symbol_N, row_N = _symbols(code_N), row_N.long()
+    frequency_N = bounds[row_N, symbol_N + 1] - bounds[row_N, symbol_N]
+    escapes_N = (symbol_N == ESCAPE) | (frequency_N == 0)
+    return _Escaped(code_N.masked_fill(escapes_N, ESCAPED), code_N[escapes_N])
+
+
+def _symbols(codes: Tensor) -> Tensor:
+    is_inside = (codes >= -MOST_CODE) & (codes <= MOST_CODE)
+    return torch.where(is_inside, codes.long() + MOST_CODE, ESCAPE)
+
+
 def _encode_segment(
     code_N: Tensor, row_N: Tensor, starts: Tensor, lanes: int, check: int
 ) -> list[int] | None:
@@ -68,8 +112,7 @@ def _encode_segment(
     if not _are_rows(row_N, starts):
         return None
     bounds = torch.nn.functional.pad(starts.long(), (0, 1), value=SLOTS)
-    is_inside = (code_N >= -MOST_CODE) & (code_N <= MOST_CODE)
-    symbol_N = torch.where(is_inside, code_N.long() + MOST_CODE, ESCAPE)
+    symbol_N = _symbols(code_N)
     first_N = bounds[row_N.long(), symbol_N].tolist()
     end_N = bounds[row_N.long(), symbol_N + 1].tolist()
     state_L = [LEAST_STATE + check, *[LEAST_STATE] * (lanes - 1)]
