@@ -3,6 +3,7 @@
 import contextlib
 import io
 import math
+import mmap
 import shutil
 import struct
 import tempfile
@@ -21,6 +22,7 @@ from commrt.errors import ConfigError, StateError
 
 State = dict[str, Any]
 _HEAD = struct.Struct("<QI")  # bytes that follow, and their CRC-32
+_LARGE_BYTES = 1 << 20
 _PLAIN_BYTES = 32  # of a number and of what holds it, about
 UNREADABLE = (OSError, struct.error, RuntimeError, EOFError, UnpicklingError, ValueError)
 
@@ -70,8 +72,8 @@ class StateStore(MutableMapping[int, State]):
 
     def __setitem__(self, client: int, state: Mapping[str, Any]) -> None:
         self._forget(client)
-        self._memory[client] = dict(state)
-        self._sizes[client] = _size_of(state)
+        self._memory[client] = {name: _apart(value) for name, value in state.items()}
+        self._sizes[client] = _size_of(self._memory[client])
         self.memory_bytes += self._sizes[client]
         while self.memory_bytes > self._limit:
             self._move_to_file(next(iter(self._memory)))
@@ -168,6 +170,17 @@ def skip_state(file: BinaryIO) -> None:
 def _read_head(file: BinaryIO) -> tuple[int, int]:
     size, check = _HEAD.unpack(file.read(_HEAD.size))
     return size, check
+
+
+def _apart(value: Any) -> Any:
+    """A large tensor in pages of its own.
+
+    Among temporary ones on the heap it would leave holes, nearly as large, that nothing fits.
+    """
+    if not isinstance(value, Tensor) or value.nbytes < _LARGE_BYTES:
+        return value
+    pages = mmap.mmap(-1, value.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=value.dtype).view(value.shape).copy_(value)
 
 
 def _size_of(value: Any) -> int:

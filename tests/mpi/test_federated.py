@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,26 @@ checkpoint_every = 1
 """
 
 
-def command(ranks: int, *arguments: str | Path) -> list[str]:
+FAULTY = Path(__file__).with_name("faulty.py")
+PROGRAM = ("-m", "commrt")
+
+
+def command(
+    ranks: int, *arguments: str | Path, program: Sequence[str | Path] = PROGRAM
+) -> list[str]:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     start = [mpiexec, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", ranks]
-    return [str(each) for each in (*start, sys.executable, "-m", "commrt", "federated", *arguments)]
+    return [str(each) for each in (*start, sys.executable, *program, "federated", *arguments)]
 
 
 def start(
-    ranks: int, *arguments: str | Path, check: bool = True
+    ranks: int,
+    *arguments: str | Path,
+    program: Sequence[str | Path] = PROGRAM,
+    check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    found = subprocess.run(
-        command(ranks, *arguments), stdout=-1, stderr=subprocess.STDOUT, text=True, check=False
-    )
+    whole = command(ranks, *arguments, program=program)
+    found = subprocess.run(whole, stdout=-1, stderr=subprocess.STDOUT, text=True, check=False)
     assert not check or found.returncode == 0, found.stdout
     return found
 
@@ -117,6 +126,47 @@ def test_a_failing_rank_ends_all_with_its_traceback(config: Path, tmp_path: Path
     assert found.returncode != 0
     assert "Traceback" in found.stdout
     assert "checkpoint.pt" in found.stdout
+
+
+@pytest.mark.parametrize(("rank", "fault"), [(0, "raise"), (1, "setting")])
+def test_a_rank_that_cannot_go_on_ends_all(
+    rank: int, fault: str, config: Path, tmp_path: Path
+) -> None:
+    """In the middle of a run, whatever the kind of its error; that would last for hours."""
+    program = [FAULTY, fault, str(rank)]
+    sets = ("--set", "run.aggregations=1000000")
+    found = start(2, config, "--out", tmp_path, *sets, program=program, check=False)
+    assert found.returncode != 0
+    assert "Traceback" in found.stdout
+    assert f"{'ConfigError' if fault == 'setting' else 'StateError'}: this rank" in found.stdout
+
+
+@pytest.mark.parametrize(
+    ("rank", "fault"), [(1, "open:clients-"), (0, "os.rename:checkpoint"), (0, "os.remove:clients")]
+)
+def test_a_rank_killed_while_saving(rank: int, fault: str, config: Path, tmp_path: Path) -> None:
+    """The run goes on, on another number of ranks, to the same model."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    length = ("--set", "run.aggregations=3")
+    start(1, config, "--out", whole, *length)
+    program = [FAULTY, fault, str(rank)]
+    found = start(2, config, "--out", killed, *length, program=program, check=False)
+    assert found.returncode != 0
+    assert not (killed / "model.pt").exists()
+    start(1, config, "--out", killed, *length, "--resume")
+    assert_same(whole, killed)
+
+
+def test_what_one_rank_cannot_read_ends_all(config: Path, tmp_path: Path) -> None:
+    """A state that only one rank reads is damaged: it is said once, and no rank waits for it."""
+    start(2, config, "--out", tmp_path, "--set", "run.aggregations=3")
+    (path,) = tmp_path.glob("clients-*-1.states")
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    found = start(2, config, "--out", tmp_path, "--resume", check=False)
+    assert found.returncode == 2
+    assert found.stdout.count(f"{path} is damaged") == 1
 
 
 def test_a_mistake_is_said_once(config: Path) -> None:
