@@ -17,6 +17,7 @@ from torch import Tensor
 
 from commrt.errors import ConfigError, StateError
 from commrt.federated import Client, parse_uplink
+from commrt.federated.layout import is_finite
 from commrt.federated.secure import SecureUplink
 from commrt.federated.store import StateStore
 from commrt.metrics import Row
@@ -204,7 +205,7 @@ class Run:
         frames = {}
         for client, trained in self._trained(step):
             update = self._privacy.protect(trained, step.index, client)
-            if bool(update.isfinite().all()):
+            if is_finite(update):
                 frames[client] = self._encode(client, step.index, update, told[client])
         sizes = self._exchange.send(frames)
         for client in step.clients:

@@ -20,7 +20,7 @@ from commrt.codecs.code_tables import (
     UNIT_SCALE,
 )
 from commrt.errors import StateError
-from commrt.federated.layout import Layout
+from commrt.federated.layout import Layout, is_finite
 from commrt.federated.wire import Reader
 from commrt.ops.sources import NUM_PRODUCTS
 
@@ -55,11 +55,12 @@ class History(NamedTuple):
         flat = state.get("decoded")
         if not isinstance(flat, Tensor) or flat.dtype != torch.bfloat16:
             raise StateError(f"a history of {type(flat)}: must be a bfloat16 tensor")
-        if flat.shape != (layout.numel,) or not float(flat.abs().max()) < math.inf:
+        if flat.shape != (layout.numel,) or not is_finite(flat):
             raise StateError(f"a history of {tuple(flat.shape)}: must be finite ({layout.numel},)")
-        if state.get("digest") != digest(flat):
-            raise StateError(f"a history of digest {state.get('digest')}: is {digest(flat)}")
-        return cls(flat, digest(flat))
+        found = digest(flat)
+        if state.get("digest") != found:
+            raise StateError(f"a history of digest {state.get('digest')}: is {found}")
+        return cls(flat, found)
 
     def state_dict(self) -> dict[str, Any]:
         """Its attributes."""
