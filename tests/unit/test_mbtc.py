@@ -67,6 +67,7 @@ class Cohort:
         while requests := self.server.requests():
             asked += len(requests)
             for index, request in requests.items():
+                assert self.clients[index].may_be_asked
                 self.server.receive(index, self.clients[index].answer(request))
         return asked
 
@@ -219,6 +220,7 @@ def test_joint_decoding_finds_the_same_codes(joint: str) -> None:
 def test_no_joint_decoding_where_it_does_not_pay() -> None:
     cohort = Cohort(f"mbtc:nmse=0.1,block={BLOCK}", rho=0.2)
     assert all(cohort.round().report["joint_groups"] == 0 for _ in range(3))
+    assert not any(client.may_be_asked for client in cohort.clients)
 
 
 def lacking(cohort: Cohort) -> None:
@@ -406,6 +408,17 @@ def test_states_are_saved_without_code(tmp_path: Path) -> None:
     torch.save(cohort.clients[0].state_dict(), tmp_path / "client")
     cohort.server.load_state_dict(torch.load(tmp_path / "server", weights_only=True))
     cohort.clients[0].load_state_dict(torch.load(tmp_path / "client", weights_only=True))
+    cohort.round()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_history_that_is_not_finite(value: float) -> None:
+    cohort = Cohort("mbtc:nmse=0.1", count=2)
+    cohort.round()
+    history = cohort.clients[0].state_dict()["decoded"].clone()
+    history[-3] = value
+    with pytest.raises(StateError, match="must be finite"):
+        cohort.clients[0].load_state_dict({"decoded": history})
     cohort.round()
 
 
