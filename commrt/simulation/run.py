@@ -160,8 +160,8 @@ class Run:
                 f"must be {self._without_length()!r}"
             )
         self.schedule.load_state_dict(state["schedule"])
-        self._server.load_state_dict(state["server"])
-        # Copies, since they would be mapped from a file that others replace.
+        # Copies, since these are mapped from a file that the first rank will replace.
+        self._server.load_state_dict(copy.deepcopy(state["server"]))
         self._models, self._previous = copy.deepcopy((state["models"], state["previous"]))
         self._exchange.load_state_dicts([checkpoint.unpack(part) for part in state["exchange"]])
         self._lost = state["lost"]
