@@ -11,8 +11,8 @@ from torch import Tensor
 from commrt.errors import ConfigError
 
 Op = Callable[..., None]
-# Looked for first, since to ask what others have takes longer.
-_NO_ARRAYS = (Tensor, int, float, str, type(None))
+# Looked for first, since to ask others what they are takes longer.
+_NO_ARRAYS = frozenset((Tensor, int, float, str, list, tuple, type(None)))
 
 
 def takes_arrays(*written: str) -> Callable[[Op], Op]:
@@ -30,7 +30,8 @@ def takes_arrays(*written: str) -> Callable[[Op], Op]:
 
         @functools.wraps(op)
         def call(*args: Any, **options: Any) -> None:
-            if not any(map(_is_array, (*args, *options.values()))):
+            values = (*args, *options.values())
+            if _NO_ARRAYS.issuperset(map(type, values)) or not any(map(_is_array, values)):
                 return op(*args, **options)
             bound = signature.bind(*args, **options)
             for name, value in bound.arguments.items():
@@ -44,7 +45,7 @@ def takes_arrays(*written: str) -> Callable[[Op], Op]:
 
 
 def _is_array(value: Any) -> bool:
-    return not isinstance(value, _NO_ARRAYS) and hasattr(value, "__dlpack__")
+    return hasattr(value, "__dlpack__") and not isinstance(value, Tensor)
 
 
 def _shared(name: str, array: Any, is_written: bool) -> Tensor:

@@ -1,4 +1,7 @@
-"""What the ops ask of the tensors they are given."""
+"""What the ops ask of the tensors they are given.
+
+Each check first asks in the fewest steps, since small tensors are checked as often as large ones.
+"""
 
 import torch
 from torch import Tensor
@@ -17,31 +20,37 @@ def check_vector(name: str, flat: Tensor, *dtypes: torch.dtype) -> None:
 
 
 def check_matrix(
-    name: str, matrix: Tensor, dtype: torch.dtype, shape: tuple[int | None, int | None]
+    name: str, matrix: Tensor, dtype: torch.dtype, rows: int, cols: int | None = None
 ) -> None:
-    """That it is contiguous and has this dtype and shape, None for any number."""
-    if (
-        matrix.dtype == dtype
-        and matrix.dim() == 2
-        and matrix.is_contiguous()
-        and all(want in (None, size) for want, size in zip(shape, matrix.shape, strict=True))
-    ):
+    """That it is contiguous and has this dtype, rows and columns; any columns for None."""
+    shape = matrix.shape
+    is_shape = len(shape) == 2 and shape[0] == rows and cols in (None, shape[1])
+    if is_shape and matrix.dtype == dtype and matrix.is_contiguous():
         return
-    wanted = ", ".join("any" if want is None else str(want) for want in shape)
+    wanted = f"({rows}, {'any' if cols is None else cols})"
     raise ConfigError(
-        f"{name} is {matrix.dtype} {tuple(matrix.shape)}: must be {dtype} ({wanted}), contiguous"
+        f"{name} is {matrix.dtype} {tuple(shape)}: must be {dtype} {wanted}, contiguous"
     )
 
 
 def check_like(first: Tensor, of: str, **others: tuple[Tensor | None, torch.dtype]) -> None:
-    """That the others have as many elements as the first, on its device."""
+    """That the others are vectors with as many elements as the first, on its device."""
+    numel, device = first.numel(), first.device
     for name, (tensor, dtype) in others.items():
         if tensor is None:
             continue
+        if (
+            tensor.dtype == dtype
+            and tensor.dim() == 1
+            and tensor.numel() == numel
+            and tensor.device == device
+            and tensor.is_contiguous()
+        ):
+            continue
         check_vector(name, tensor, dtype)
-        if tensor.numel() != first.numel():
+        if tensor.numel() != numel:
             raise ConfigError(
-                f"{name} has {tensor.numel()} elements: must have {first.numel()}, as {of} has"
+                f"{name} has {tensor.numel()} elements: must have {numel}, as {of} has"
             )
         check_device(name, tensor, of, first)
 

@@ -167,15 +167,15 @@ def scale_rows(
     check_vector("rows", rows, torch.int16)
     check_like(rows, "rows", energies=(energies, torch.float32), contexts=(contexts, torch.int16))
     check_vector("ends", ends, torch.int64)
-    check_matrix("rows_of_class", rows_of_class, torch.int16, (ends.numel(), None))
+    check_matrix("rows_of_class", rows_of_class, torch.int16, ends.numel())
     num_groups, num_classes = rows_of_class.shape
     if num_groups < 1 or not 1 <= num_classes <= MAX_CLASSES:
         raise ConfigError(
             f"rows_of_class has {num_groups} groups of {num_classes} classes: must have a group "
             f"and 1 to {MAX_CLASSES}"
         )
-    for name, tensor in (("ends", ends), ("rows_of_class", rows_of_class)):
-        check_device(name, tensor, "rows", rows)
+    check_device("ends", ends, "rows", rows)
+    check_device("rows_of_class", rows_of_class, "rows", rows)
     if not 0 <= base < 512:
         raise ConfigError(f"base={base}: must be in [0, 512)")
     _check_dither(rows.numel(), seed, first_index, lattice)

@@ -9,7 +9,6 @@ There are at most two sources here, ``previous`` and ``own``: flat, of N finite 
 bf16; None is one of zeros. They are worked on in groups, as in :func:`commrt.ops.scale_rows`.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -133,7 +132,7 @@ def source_products(
     check_vector("update", update, torch.float32)
     _check_sources(update, "update", previous, own)
     _check_ends(update, "update", ends)
-    check_matrix("products", products, torch.float64, (ends.numel(), NUM_PRODUCTS))
+    check_matrix("products", products, torch.float64, ends.numel(), NUM_PRODUCTS)
     check_device("products", products, "update", update)
     torch.ops.commrt.source_products(products, update, previous, own, ends)
 
@@ -170,16 +169,21 @@ def source_history(
     )
     check_vector("shares", shares, torch.float32)
     check_device("shares", shares, "kept", kept)
-    if shares.numel() < 1 or not math.log2(shares.numel()).is_integer():
+    if shares.numel().bit_count() != 1:
         raise ConfigError(f"shares has {shares.numel()} elements: must have a power of two")
     torch.ops.commrt.source_history(kept, decoded, predicted, rows, shares)
 
 
 def _check_sources(first: Tensor, of: str, previous: Tensor | None, own: Tensor | None) -> None:
     for name, source in (("previous", previous), ("own", own)):
-        if source is not None:
-            check_vector(name, source, *SOURCE_DTYPES)
-            check_like(first, of, **{name: (source, source.dtype)})
+        if source is not None and source.dtype not in SOURCE_DTYPES:
+            raise ConfigError(f"{name} is {source.dtype}: must be one of {SOURCE_DTYPES}")
+    check_like(
+        first,
+        of,
+        previous=(previous, torch.float32 if previous is None else previous.dtype),
+        own=(own, torch.float32 if own is None else own.dtype),
+    )
 
 
 def _check_ends(first: Tensor, of: str, ends: Tensor) -> None:
