@@ -262,7 +262,10 @@ class Streams:
             "rans_decode": lambda: ops.rans_decode(*streams, lanes=lanes),
         }
         moved = 4 * numel + wire_bytes
-        return [Case({**row, "kernel": kernel}, isa, moved, call) for kernel, call in calls.items()]
+        return [
+            Case({**row, "kernel": kernel}, isa, moved, numel, call)
+            for kernel, call in calls.items()
+        ]
 
 
 def measure(cases: list[Case], iterations: int, warmup: int) -> list[dict[str, Any]]:

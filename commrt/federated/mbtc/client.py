@@ -186,6 +186,7 @@ class MbtcClient(Client):
         return b"".join(
             planes.encode_blocks(group.of(codes), each, self._codec.block)
             for group, each in zip(self._layout.groups, told.planes, strict=True)
+            if each
         )
 
     def _alone(self, told: Parameters, codes: Tensor, how: Coding) -> bytes:

@@ -188,8 +188,9 @@ def pack(coefficients: Sequence[Coefficients], sources: Sources) -> bytes:
 
 def unpack(reader: Reader, sources: Sources, num_groups: int) -> list[Coefficients]:
     """What :func:`pack` wrote."""
-    groups = []
-    for _ in range(num_groups):
-        values = (0 if source is None else int(reader.unpack("b")[0]) for source in sources)
-        groups.append(Coefficients(*values))
-    return groups
+    there = [source is not None for source in sources]
+    values = iter(reader.unpack(f"{num_groups * sum(there)}b"))
+    return [
+        Coefficients(*(int(next(values)) if is_there else 0 for is_there in there))
+        for _ in range(num_groups)
+    ]
