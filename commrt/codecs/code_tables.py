@@ -92,22 +92,32 @@ def coded_range(device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
 
 def code_costs(device: torch.device | str = "cpu") -> Tensor:
     """Bits that each symbol takes, the escape with what follows it: fp32 [NUM_ROWS, 64]."""
-    return _costs_on(torch.device(device)).view(NUM_ROWS, SYMBOLS)
+    return _costs_on(torch.device(device)).T.reshape(NUM_ROWS, SYMBOLS)
 
 
-def fit_rows(counts: Tensor) -> Tensor:
+def fit_rows(counts: Tensor, columns: Tensor | None = None) -> Tensor:
     """The table of each class that codes its symbols in the fewest bits.
 
     Args:
         counts: [C, 16, 64] of any dtype: how often each class had each symbol in each phase.
+        columns: int64 [K], if ``counts`` is [C, K]: which of the 16 * 64 these are, where all
+            others are zero.
 
     Returns:
         int16 [C]: the first of the 16 consecutive rows, a phase each. What the receiver needs to
         know; it cannot work it out, since sums of floats differ between machines.
     """
-    cost = _costs_on(counts.device)
-    bits = counts.reshape(-1, NUM_PHASES * SYMBOLS).float() @ cost.T
+    if columns is None:
+        counts = counts.reshape(-1, NUM_PHASES * SYMBOLS)
+        columns = used_columns(counts)
+        counts = counts.index_select(1, columns)
+    bits = counts.float() @ _costs_on(counts.device).index_select(0, columns)
     return (bits.argmin(dim=1) * NUM_PHASES).to(torch.int16)
+
+
+def used_columns(counts: Tensor) -> Tensor:
+    """Which columns of counts [C, K] are not all zeros, int64: few, of codes of few bits."""
+    return counts.sum(dim=0).nonzero()[:, 0]
 
 
 @functools.cache
@@ -128,12 +138,13 @@ def _range_on(device: torch.device) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def _costs_on(device: torch.device) -> Tensor:
-    """Bits of each symbol: fp32 [shapes * scales, phases * symbols]."""
+    """Bits of each symbol: fp32 [phases * symbols, shapes * scales]."""
     slots = torch.from_numpy(_all_frequencies()).to(device, torch.float32)
     bits = SLOT_BITS - slots.log2()
     escape = bits[:, ESCAPE:] + ESCAPED_BITS
     bits[:, ESCAPE:] = escape
-    return torch.where(slots > 0, bits, escape).view(-1, NUM_PHASES * SYMBOLS)
+    costs = torch.where(slots > 0, bits, escape)
+    return costs.view(-1, NUM_PHASES * SYMBOLS).T.contiguous()
 
 
 @functools.cache

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from commrt import ops
-from commrt.codecs.code_tables import NUM_PHASES, fit_rows
+from commrt.codecs.code_tables import NUM_PHASES, fit_rows, used_columns
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc.parameters import NUM_CLASSES
 from commrt.federated.peers import Peers
@@ -25,15 +25,16 @@ class Tables:
     """Counts of what was decoded, by group, class and phase."""
 
     def __init__(self, layout: Layout) -> None:
-        self._layout = layout
+        self._ends = [group.end for group in layout.groups]
         self._counts: Tensor | None = None
-        self._fresh: Tensor | None = None
+        self._fresh = torch.zeros(len(layout.groups), NUM_CONTEXTS, SYMBOLS, dtype=torch.int64)
+        self._has_fresh = False
         self._rows: Tensor | None = None
 
     def count(self, codes: Tensor, contexts: Tensor) -> None:
         """Take a client's codes, int16 (N,), and their contexts."""
-        ends = [group.end for group in self._layout.groups]
-        ops.rans_count_(self._counted(), codes, contexts, ends)
+        self._has_fresh = True
+        ops.rans_count_(self._fresh, codes, contexts, self._ends)
 
     def close_round(self, peers: Peers) -> None:
         """From now on what was counted, at all peers, is of the round before.
@@ -41,36 +42,25 @@ class Tables:
         Only the first one has the others' counts.
         """
         if peers.size > 1:
-            parts = peers.all_gather(_sparse(self._fresh))
+            parts = peers.all_gather(_sparse(self._fresh) if self._has_fresh else b"")
             for part in parts[1:] if peers.rank == 0 else []:
                 self._add(part)
-        if self._fresh is not None:
+        if self._has_fresh:
             fresh = self._fresh.float().view(-1, NUM_CLASSES, NUM_PHASES, SYMBOLS)
             self._counts = fresh if self._counts is None else self._counts * DECAY + fresh
-            self._fresh = self._rows = None
+            self._rows, self._has_fresh = None, False
+            self._fresh.zero_()
 
     def _add(self, part: bytes) -> None:
         """Take what :func:`_sparse` made of another's counts."""
         where, counts = torch.from_numpy(np.frombuffer(part, np.int64).reshape(2, -1).copy())
-        if where.numel():
-            self._counted().view(-1).index_add_(0, where, counts)
-
-    def _counted(self) -> Tensor:
-        """This round's counts."""
-        if self._fresh is None:
-            shape = (len(self._layout.groups), NUM_CONTEXTS, SYMBOLS)
-            self._fresh = torch.zeros(shape, dtype=torch.int64)
-        return self._fresh
+        self._fresh.view(-1).index_add_(0, where, counts)
+        self._has_fresh |= bool(part)
 
     def fit(self) -> Tensor | None:
         """The first row of each class, int16 (groups, classes); None where nothing was counted."""
-        if self._counts is None:
-            return None
-        if self._rows is None:
-            shared = self._counts.clone()
-            shared[:, 1:] += SMOOTHING * self._counts[:, :-1]
-            shared[:, :-1] += SMOOTHING * self._counts[:, 1:]
-            self._rows = torch.stack([_rows_of(counts) for counts in shared])
+        if self._rows is None and self._counts is not None:
+            self._rows = _rows_of(self._counts.view(-1, NUM_CLASSES, NUM_PHASES * SYMBOLS))
         return self._rows
 
     def state_dict(self) -> dict[str, Any]:
@@ -82,20 +72,26 @@ class Tables:
         self._counts, self._rows = state.get("counts"), None
 
 
-def _sparse(counts: Tensor | None) -> bytes:
+def _sparse(counts: Tensor) -> bytes:
     """Where counts are not zero, and what they are there: int64 (2, n)."""
-    if counts is None:
-        return b""
     flat = counts.view(-1)
     where = flat.nonzero()[:, 0]
     return torch.stack([where, flat[where]]).numpy().tobytes()
 
 
 def _rows_of(counts: Tensor) -> Tensor:
-    """A group's rows, by its counts (classes, phases, symbols).
+    """The rows of counts (groups, classes, phases * symbols).
 
-    A class that had no codes has the row of the nearest that had.
+    A class that had no codes has the row of the nearest of its group that had.
     """
-    [seen] = (counts.sum(dim=(1, 2)) > 0).nonzero(as_tuple=True)
-    nearest = (torch.arange(NUM_CLASSES)[:, None] - seen[None, :]).abs().argmin(dim=1)
-    return fit_rows(counts[seen])[nearest]
+    columns = used_columns(counts.flatten(0, 1))
+    own = counts[:, :, columns]
+    shared = own.clone()
+    shared[:, 1:] += SMOOTHING * own[:, :-1]
+    shared[:, :-1] += SMOOTHING * own[:, 1:]
+    seen = shared.sum(dim=2) > 0
+    rows = torch.zeros(seen.shape, dtype=torch.int16)
+    rows[seen] = fit_rows(shared[seen], columns)
+    classes = torch.arange(NUM_CLASSES)
+    distance = (classes[:, None] - classes).abs() + NUM_CLASSES * ~seen[:, None]
+    return rows.gather(1, distance.argmin(dim=2))
