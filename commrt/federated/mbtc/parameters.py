@@ -63,7 +63,7 @@ class Parameters:
         flags |= HAS_PREVIOUS * self.has_previous
         parts = [struct.pack("<BfH", flags, self.step, self.history)]
         if self.tables is not None:
-            parts.append((self.tables // NUM_PHASES).numpy().astype("<u2").tobytes())
+            parts.append((self.tables.numpy() // NUM_PHASES).astype("<u2").tobytes())
         if any(self.planes):
             for planes in self.planes:
                 parts.append(bytes((len(planes),)))

@@ -46,6 +46,7 @@ class Energy(NamedTuple):
 
 
 _USUAL = Energy(1.0, 1.0)
+_NOTHING = (0.0, 0.0)
 
 
 class Coded(NamedTuple):
@@ -108,10 +109,9 @@ class RateControl:
         if self._level is None:
             return Planned([0.0] * len(cohort))
         allocation = self._allocate(cohort, np.array(shares), budgets, covariance)
-        self._planned = {
-            client: (rate, self._energy(client).residual)
-            for client, rate in zip(cohort, allocation.rates.tolist(), strict=True)
-        }
+        variances = self._energies(cohort)[:, 1].tolist()
+        planned = zip(allocation.rates.tolist(), variances, strict=True)
+        self._planned = dict(zip(cohort, planned, strict=True))
         steps = np.sqrt(allocation.noise / SECOND_MOMENT[self._codec.lattice])
         steps = np.clip(steps, LEAST_STEP, MOST_STEP).astype(np.float32)  # as they are sent
         return Planned(steps.tolist(), allocation.orders, allocation.shares)
@@ -144,12 +144,13 @@ class RateControl:
         }
 
     def _learn_excess(self, coded: Mapping[int, Coded]) -> None:
-        nothing = (0.0, 0.0)
-        for client, each in coded.items():
-            rate, variance = nothing if each.is_chosen else self._planned.get(client, nothing)
+        now = self._energies(list(coded))[:, 1].tolist()
+        for (client, each), residual in zip(coded.items(), now, strict=True):
+            rate, variance = self._planned.get(client, _NOTHING)
+            if each.is_chosen:
+                rate, variance = _NOTHING
             # What is more to say, or less, than was planned for is no excess.
-            now = self._energy(client).residual
-            rate += math.log2((1 + now / each.noise) / (1 + variance / each.noise)) / 2
+            rate += math.log2((1 + residual / each.noise) / (1 + variance / each.noise)) / 2
             excess = max(LEAST_EXCESS, min(MOST_BITS, each.bits - rate))
             known = self._excess.get(client, excess)
             self._excess[client] = known + NEWS * (excess - known)
@@ -181,7 +182,7 @@ class RateControl:
         model = self._model(cohort, covariance)
         nmse, bits = self._codec.nmse, self._codec.bits
         if budgets is None and nmse is not None:
-            energies = np.array([self._energy(client).update for client in cohort])
+            energies = self._energies(cohort)[:, 0]
             distortion = nmse * float(shares**2 @ energies)
             return allocate_distortion(model, distortion, shares, unbiased=True)
         excess = np.array([self._excess.get(client, self._usual_excess) for client in cohort])
@@ -193,17 +194,16 @@ class RateControl:
 
     def _model(self, cohort: Sequence[int], covariance: Floats | None) -> Floats | FactorCovariance:
         if covariance is None:
-            variances = np.array([self._energy(client).residual for client in cohort])
+            variances = self._energies(cohort)[:, 1]
             return FactorCovariance(np.zeros((len(cohort), 1)), variances)
         assert self._level is not None
         covariance = covariance * (self._level.residual / diagonal(covariance).mean())
         return covariance if len(cohort) <= MOST_DENSE else fit_factors(covariance, RANK)
 
-    def _energy(self, client: int) -> Energy:
-        """What is expected of a client."""
-        assert self._level is not None
-        relative = self._relative.get(client, _USUAL)
-        return Energy(*(each * of for each, of in zip(relative, self._level, strict=True)))
+    def _energies(self, clients: Sequence[int]) -> Floats:
+        """What is expected of clients, (K, 2): energies of updates and of residuals."""
+        relative = [self._relative.get(client, _USUAL) for client in clients]
+        return np.array(relative) * np.array(self._level)
 
 
 def _credibility(found: Floats, before: Floats, deviation: float) -> Floats:
