@@ -203,7 +203,8 @@ class RateControl:
     def _energies(self, clients: Sequence[int]) -> Floats:
         """What is expected of clients, (K, 2): energies of updates and of residuals."""
         relative = [self._relative.get(client, _USUAL) for client in clients]
-        return np.array(relative) * np.array(self._level)
+        energies: Floats = np.array(relative) * np.array(self._level)
+        return energies
 
 
 def _credibility(found: Floats, before: Floats, deviation: float) -> Floats:
