@@ -74,7 +74,7 @@ def encode_codes(codes: Tensor, rows: Tensor) -> bytes:
         )
     codes, rows = codes.contiguous(), rows.contiguous()
     escaped, checks = torch.empty_like(codes), checksums(codes)
-    counts = checks.new_empty(checks.shape, dtype=torch.int32)
+    counts = torch.empty_like(checks, dtype=torch.int32)
     table = entropy_tables(codes.device)
     streams = _write(codes, rows, table, checks, escaped=escaped, num_escaped=counts)
     return streams + _escaped_bytes(escaped, counts.tolist())
@@ -204,8 +204,8 @@ def _write(codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor, **escapes
     if min(used, default=0) < 0:
         _check_inside(rows, table.shape[0])
         raise AssertionError("a code has no slots in its row")
-    streams = [words[segment, :length] for segment, length in enumerate(used)]
-    parts = [stream.cpu().numpy().astype("<u2", copy=False).tobytes() for stream in streams]
+    streams = words.cpu().numpy().astype("<u2", copy=False)
+    parts = [stream[:length].tobytes() for stream, length in zip(streams, used, strict=True)]
     return b"".join([_varints(np.array(used[:-1], dtype=np.int64)), *parts])
 
 
@@ -236,8 +236,8 @@ def _are_escaped(codes: Tensor, rows: Tensor) -> Tensor:
 def _read_lengths(data: NDArray[np.uint8], numel: int, lanes: int) -> tuple[list[int], int]:
     """Words of each segment, of the last one no fewer than it has, and where the first begin."""
     segments, most = ops.rans_segments(numel), ops.rans_capacity(numel, lanes)
-    if segments == 0:
-        return [], 0
+    if segments <= 1:
+        return [min(data.size // WORD_BYTES, most)] * segments, 0
     told, begin = _read_varints(data[: MOST_VARINT_BYTES * segments], segments - 1)
     left = (data.size - begin) // WORD_BYTES - int(told.sum())
     if left < 0 or told.max(initial=0) > most:
@@ -250,17 +250,19 @@ def _read_lengths(data: NDArray[np.uint8], numel: int, lanes: int) -> tuple[list
 
 def _read_words(data: NDArray[np.uint8], begin: int, lengths: list[int]) -> Tensor:
     """uint16 [S, W], the words of each segment and zeros."""
-    words = np.zeros((len(lengths), max(lengths, default=0)), dtype=np.uint16)
-    for row, length in zip(words, lengths, strict=True):
-        end = begin + WORD_BYTES * length
-        row[:length] = data[begin:end].view("<u2")
-        begin = end
-    return torch.from_numpy(words)
+    sizes = [WORD_BYTES * length for length in lengths]
+    streams = np.zeros((len(sizes), max(sizes, default=0)), dtype=np.uint8)
+    for stream, size in zip(streams, sizes, strict=True):
+        stream[:size] = data[begin : begin + size]
+        begin += size
+    return torch.from_numpy(streams.view("<u2").astype(np.uint16, copy=False))
 
 
 def _fill_escaped(codes: Tensor, rows: Tensor, data: NDArray[np.uint8]) -> None:
     """Put into ``codes``, on the CPU, those that escaped: ``data`` must have them and no more."""
     values = codes.numpy()
+    if not data.size and values.min(initial=0) > ESCAPED:
+        return
     where = np.flatnonzero(values == ESCAPED)
     zigzag, num_bytes = _read_varints(data, where.size)
     if num_bytes != data.size:

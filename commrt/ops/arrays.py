@@ -45,7 +45,7 @@ def takes_arrays(*written: str) -> Callable[[Op], Op]:
 
 
 def _is_array(value: Any) -> bool:
-    return hasattr(value, "__dlpack__") and not isinstance(value, Tensor)
+    return not isinstance(value, Tensor) and hasattr(value, "__dlpack__")
 
 
 def _shared(name: str, array: Any, is_written: bool) -> Tensor:
