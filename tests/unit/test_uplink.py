@@ -314,6 +314,9 @@ def test_layouts() -> None:
         Layout({"a": (0, 3)})
     covered = [index for group in LAYOUT.groups for index in range(group.begin, group.end)]
     assert covered == list(range(LAYOUT.numel))
+    assert LAYOUT.ends.tolist() == [group.end for group in LAYOUT.groups]
+    assert LAYOUT.matrices == ((40, 30), (1, 40), (10, 40), (1, 1))
+    assert Layout({"a": (5,), "b": (2, 3, 4), "c": (0, 3)}).matrices == ((1, 5), (2, 12), (0, 3))
 
 
 def test_frames() -> None:

@@ -1,7 +1,7 @@
 """Every op in plain torch: slow, obvious, the specification.
 
 The native kernels give the same bits; ``tests/native`` holds them to it. All arithmetic is fp32,
-but for sums of squares, and each operation rounds where theirs does.
+but for sums of squares and products, and each operation rounds where theirs does.
 """
 
 from commrt.ops.reference.blocks import (
