@@ -139,6 +139,9 @@ def test_streams_are_the_words_of_the_cpu(lanes: int) -> None:
         streams = test_rans.encoded(codes, rows, lanes)
         assert test_rans.encoded(codes.cuda(), rows.cuda(), lanes) == streams
         assert test_rans.decoded(streams, rows.cuda(), lanes) == test_rans.whole(codes, streams)
+        far = torch.where(torch.arange(numel) % 7 == 0, 1000, codes).short(), rows % 8
+        expected = test_rans.escaping(*far, lanes)
+        assert test_rans.escaping(far[0].cuda(), far[1].cuda(), lanes) == expected
         streams[0][-1] ^= 1
         expected = test_rans.decoded(streams, rows, lanes)
         assert test_rans.decoded(streams, rows.cuda(), lanes) == expected

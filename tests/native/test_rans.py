@@ -218,11 +218,12 @@ def escaping(
 ) -> tuple[list[list[int]], list[int], list[list[int]]]:
     """The words of each segment, the lengths that are told, and the codes that have escaped."""
     num_segments = ops.rans_segments(codes.numel())
-    words = torch.empty(num_segments, ops.rans_capacity(codes.numel(), lanes), dtype=torch.uint16)
-    lengths, counts = torch.empty(2, num_segments, dtype=torch.int32)
-    escaped, checks = torch.full_like(codes, 99), checks_of(num_segments)
+    capacity = ops.rans_capacity(codes.numel(), lanes)
+    words = codes.new_empty(num_segments, capacity, dtype=torch.uint16)
+    lengths, counts = codes.new_empty(2, num_segments, dtype=torch.int32)
+    escaped, checks = torch.full_like(codes, 99), checks_of(num_segments).to(codes.device)
     ops.rans_encode(
-        codes, rows, table(), checks, words, lengths,
+        codes, rows, table().to(codes.device), checks, words, lengths,
         lanes=lanes, escaped=escaped, num_escaped=counts,
     )  # fmt: skip
     found = [
