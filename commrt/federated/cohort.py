@@ -114,6 +114,16 @@ class RoundServer(Server):
         """See :meth:`Server.home`."""
         return (client + 1) % self._peers.size
 
+    def _expecting(self, client: int) -> Round:
+        """The running round, of whose cohort the client is, and this is its home."""
+        running = self._running()
+        running.place(client)
+        if self.home(client) != self._peers.rank:
+            raise ConfigError(
+                f"client {client} sends to peer {self._peers.rank}: must to {self.home(client)}"
+            )
+        return running
+
     def _running(self) -> Round:
         if self._round is None:
             raise StateError("no round is running: begin() starts one")

@@ -176,7 +176,7 @@ class IndependentServer(RoundServer):
 
     def receive(self, client: int, payload: bytes) -> None:
         """See :meth:`Server.receive`."""
-        running = self._running()
+        running = self._expecting(client)
         index = running.place(client)
         running.came(client, payload)
         if client in self._updates:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from commrt.errors import StateError
+from commrt.errors import ConfigError, StateError
 from commrt.federated import Aggregate, Layout, Server, parse_uplink
 from commrt.federated.mean import ExactMean
 from commrt.federated.peers import ALONE, Peers
@@ -118,6 +118,18 @@ def test_joint_decoding_is_not_shared() -> None:
         server = parse_uplink(spec).server(layout, peers=Thread(together, 1))
         assert server.is_shared == is_shared
         assert server.home(4) == is_shared
+
+
+@pytest.mark.parametrize("spec", ["mbtc:nmse=0.3", "fp32"])
+def test_a_payload_for_another_peer_is_refused(spec: str) -> None:
+    def send(peers: Peers) -> None:
+        server = parse_uplink(spec).server(LAYOUT, peers=peers)
+        server.begin(0, [1, 2, 3])
+        wrong = next(client for client in (1, 2, 3) if server.home(client) != peers.rank)
+        with pytest.raises(ConfigError, match=f"client {wrong} sends to peer {peers.rank}"):
+            server.receive(wrong, b"")
+
+    at_all(2, send)
 
 
 def test_a_round_without_updates_fails_at_all() -> None:

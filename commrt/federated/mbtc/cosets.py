@@ -109,6 +109,11 @@ class Cosets:
         self._running: dict[int, Running] = {}
         self._was_joint = False
 
+    @property
+    def is_running(self) -> bool:
+        """Whether any group of this round is decoded jointly."""
+        return bool(self._running)
+
     def covariance(self, clients: Sequence[int]) -> Array | None:
         """Of residuals, on average over the groups; None unless some were decoded jointly."""
         if not self._was_joint or len(clients) > MOST_CLIENTS:
@@ -194,7 +199,12 @@ class Cosets:
         return total / self._layout.numel
 
     def bits_alone(self, update: "Received", codes: Tensor) -> tuple[float, ...]:
-        """Bits a weight that the codes of each group take without the other clients."""
+        """Bits a weight that the codes of each group take without the other clients.
+
+        Empty where that is all they ever do.
+        """
+        if self._codec.joint == "off":
+            return ()
         rows = update.how.rows
         return tuple(
             code_length(group.of(codes), group.of(rows)) / group.numel

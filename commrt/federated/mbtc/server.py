@@ -117,7 +117,7 @@ class MbtcServer(RoundServer):
 
     def receive(self, client: int, payload: bytes) -> None:
         """See :meth:`Server.receive`."""
-        running = self._running()
+        running = self._expecting(client)
         place = running.place(client)
         running.came(client, payload, is_answer=client in self._payloads)
         if client in self._asked:
@@ -128,7 +128,7 @@ class MbtcServer(RoundServer):
             update = self._read(running, client, payload)
             self._largest[client] = update.largest
             self._payloads[client] = payload
-            if self._may_join or len(self._received) < self._most_kept:
+            if self._cosets.is_running or len(self._received) < self._most_kept:
                 self._received[place] = update
         self._taken[client] = self._taken.get(client, 0) + len(payload)
 
@@ -291,7 +291,8 @@ class MbtcServer(RoundServer):
         decoded = how.dequantise(codes)
         mean.add(decoded, share, missing)
         residual = decoded - how.predicted
-        energy = Energy(*(_energy(flat) - how.noise for flat in (decoded, residual)))
+        squares = side.mean_squares(self._layout, decoded, residual)
+        energy = Energy(*(square - how.noise for square in squares))
         bits = 8 * self._taken[client] / self._layout.numel
         is_small = len(running.cohort) <= MOST_CLIENTS
         tag = 0
@@ -307,7 +308,7 @@ class MbtcServer(RoundServer):
             len(missing),
             residual if is_small else None,
             how.predicted if self._codec.combine == "lmmse" else None,
-            self._cosets.bits_alone(update, codes) if self._may_join else (),
+            self._cosets.bits_alone(update, codes) if is_small and self._may_join else (),
         )
 
     def _learn(
@@ -320,8 +321,3 @@ class MbtcServer(RoundServer):
         energy = sum(shares[each.client] ** 2 * each.coded.energy.update for each in ended)
         figures = self._cosets.learn(running.cohort, ended)
         return {"nmse": noise / energy if energy > 0 else math.inf, **figures}
-
-
-def _energy(flat: Tensor) -> float:
-    """A weight's."""
-    return float(flat.double().square().mean())

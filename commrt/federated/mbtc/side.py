@@ -137,6 +137,14 @@ def _in_units(coefficient: float) -> int:
     return round(max(-127.0, min(127.0, COEFFICIENT_UNIT * coefficient)))
 
 
+def mean_squares(layout: Layout, update: Tensor, residual: Tensor) -> tuple[float, float]:
+    """Of the elements of both, fp32 (N,)."""
+    products = torch.empty(len(layout.groups), NUM_PRODUCTS, dtype=torch.float64)
+    ops.source_products(update, residual, None, layout.ends, products)
+    total = (products.sum(dim=0) / layout.numel).tolist()
+    return total[5], total[0]
+
+
 def prediction(layout: Layout, sources: Sources, coefficients: Sequence[Coefficients]) -> Tensor:
     """Of all groups, fp32 (N,), within :data:`~commrt.ops.sources.MOST_PREDICTED`."""
     predicted = torch.empty(layout.numel)
