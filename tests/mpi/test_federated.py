@@ -45,6 +45,11 @@ def command(
 ) -> list[str]:
     mpiexec = Path(sys.executable).with_name("mpiexec")
     start = [mpiexec, "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", ranks]
+    start += [
+        "--mca",
+        "mpi_yield_when_idle",
+        "1",
+    ]  # or ranks that wait keep other tests from running
     return [str(each) for each in (*start, sys.executable, *program, "federated", *arguments)]
 
 
