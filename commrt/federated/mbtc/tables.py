@@ -46,8 +46,11 @@ class Tables:
             for part in parts[1:] if peers.rank == 0 else []:
                 self._add(part)
         if self._has_fresh:
-            fresh = self._fresh.float().view(-1, NUM_CLASSES, NUM_PHASES, SYMBOLS)
-            self._counts = fresh if self._counts is None else self._counts * DECAY + fresh
+            fresh = self._fresh.view(-1, NUM_CLASSES, NUM_PHASES, SYMBOLS)
+            if self._counts is None:
+                self._counts = fresh.float()
+            else:
+                self._counts.mul_(DECAY).add_(fresh)
             self._rows, self._has_fresh = None, False
             self._fresh.zero_()
 
@@ -65,11 +68,12 @@ class Tables:
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, if any."""
-        return {} if self._counts is None else {"counts": self._counts}
+        return {} if self._counts is None else {"counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
-        self._counts, self._rows = state.get("counts"), None
+        counts = state.get("counts")
+        self._counts, self._rows = None if counts is None else counts.clone(), None
 
 
 def _sparse(counts: Tensor) -> bytes:
