@@ -102,7 +102,7 @@ def measured(
         subprocess.run([*start, "-n", str(ranks), *own], check=True, env=environment)
         wall_s = time.perf_counter() - begin
         peaks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
-        kept = [path for part in ("checkpoint.*", "clients-*") for path in folder.glob(part)]
+        kept = [path for part in ("checkpoint.*", "*.states") for path in folder.glob(part)]
         return {
             "uplink": uplink, "cohort": cohort, "state_mb": state_mb, "rounds": rounds,
             "begin_mb": [begin for begin, _ in peaks], "peak_mb": [peak for _, peak in peaks],
