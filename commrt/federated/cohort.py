@@ -6,6 +6,7 @@ import struct
 from collections.abc import Mapping, Sequence
 
 from commrt.errors import ConfigError, StateError
+from commrt.federated.mean import ExactMean
 from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Server, Traffic
 
@@ -123,6 +124,21 @@ class RoundServer(Server):
                 f"client {client} sends to peer {self._peers.rank}: must to {self.home(client)}"
             )
         return running
+
+    def _gathered(
+        self, running: Round, numel: int, largest: Mapping[int, float]
+    ) -> tuple[dict[int, float], Traffic, ExactMean]:
+        """The shares of all that arrived anywhere, the round's bytes, and a mean to add them to.
+
+        Args:
+            running: The round, which ends.
+            numel: Elements of an update.
+            largest: Of each client whose update is here: no element of it is larger.
+        """
+        arrived, traffic = running.gathered(self._peers, largest)
+        shares = dict(zip(arrived, running.shares(tuple(arrived)), strict=True))
+        most = max(share * arrived[client] for client, share in shares.items())
+        return shares, traffic, ExactMean(numel, most, len(arrived))
 
     def _running(self) -> Round:
         if self._round is None:

@@ -10,7 +10,6 @@ from commrt.codecs import derive_seed
 from commrt.errors import ConfigError, StateError, WireFormatError
 from commrt.federated.cohort import Round, RoundServer
 from commrt.federated.layout import Layout
-from commrt.federated.mean import ExactMean
 from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Aggregate, Client, Uplink
 from commrt.federated.vector import Draw, VectorCodec
@@ -190,12 +189,9 @@ class IndependentServer(RoundServer):
         """See :meth:`Server.finish`."""
         running, self._round = self._running(), None
         here = {client: float(update.abs().max()) for client, update in self._updates.items()}
-        arrived, traffic = running.gathered(self._peers, here)
-        shares = dict(zip(arrived, running.shares(tuple(arrived)), strict=True))
-        largest = max(share * arrived[client] for client, share in shares.items())
-        mean = ExactMean(self._ends.layout.numel, largest, len(arrived))
+        shares, traffic, mean = self._gathered(running, self._ends.layout.numel, here)
         for client, update in self._updates.items():
             mean.add(update, shares[client])
         self._peers.sum_(mean.total)
         self._updates = {}
-        return Aggregate(mean=mean.mean(), traffic=traffic, clients=tuple(arrived), report={})
+        return Aggregate(mean=mean.mean(), traffic=traffic, clients=tuple(shares), report={})

@@ -152,10 +152,7 @@ class MbtcServer(RoundServer):
         """See :meth:`Server.finish`; the first peer alone has a report."""
         running, self._round = self._running(), None
         self._cosets.decode(self._received)
-        arrived, traffic = running.gathered(self._peers, self._largest)
-        shares = dict(zip(arrived, running.shares(tuple(arrived)), strict=True))
-        largest = max(share * arrived[client] for client, share in shares.items())
-        mean = ExactMean(self._layout.numel, largest, len(arrived))
+        shares, traffic, mean = self._gathered(running, self._layout.numel, self._largest)
         ended = [
             self._end(running, client, share, mean)
             for client, share in shares.items()
@@ -173,7 +170,7 @@ class MbtcServer(RoundServer):
             report |= self._learn(running, shares, ended)
         self._start_round(None, {})
         return Aggregate(
-            mean=self._mean.clone(), traffic=traffic, clients=tuple(arrived), report=report
+            mean=self._mean.clone(), traffic=traffic, clients=tuple(shares), report=report
         )
 
     def state_dict(self, *, with_histories: bool = True) -> dict[str, Any]:

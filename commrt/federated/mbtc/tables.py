@@ -25,7 +25,7 @@ class Tables:
     """Counts of what was decoded, by group, class and phase."""
 
     def __init__(self, layout: Layout) -> None:
-        self._ends = [group.end for group in layout.groups]
+        self._ends = layout.ends.tolist()
         self._counts: Tensor | None = None
         self._fresh = torch.zeros(len(layout.groups), NUM_CONTEXTS, SYMBOLS, dtype=torch.int64)
         self._has_fresh = False
