@@ -209,7 +209,7 @@ def update_values(
 
 
 def update_add_(total: Tensor, updates: Tensor, factors: Sequence[float]) -> None:
-    """Add ``round(factors[k] * updates[k])`` of each, in fp64, to whole numbers: the same in any order.
+    """Add ``round(factors[k] * updates[k])`` of each to whole numbers, which no order changes.
 
     Args:
         total: fp64, N whole numbers, updated in place. Exact as long as none exceeds 2**53.
