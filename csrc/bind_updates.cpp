@@ -217,7 +217,7 @@ void update_values(Address values, Address residuals, Address products, Address 
     const DitherDequantiseArgs dequantise{at<const std::int16_t>(codes) + k * shape.width,
                                           expected,
                                           decoded,
-                                          shape.width,
+                                          shape.numel,
                                           lattice.step(k),
                                           lattice.dither(k)};
     for_tiles(shape.numel, each, [&](Index begin, Index end) {

@@ -125,7 +125,7 @@ def decode_vectors(payloads: Sequence[bytes], rows: Tensor) -> Tensor:
         raise
     found = codes.cpu()
     lefts = [each[begin:] for each, begin in zip(data, num_bytes, strict=True)]
-    if any(left.size for left in lefts) or (found == ESCAPED).any():
+    if any(left.size for left in lefts) or (found.numel() and int(found.min()) == ESCAPED):
         for each, row, left in zip(found, rows, lefts, strict=True):
             _fill_escaped(each, row, left)
     if checks.tolist() != _checksums(found):

@@ -89,15 +89,23 @@ class Layout:
         parts: tuple[Tensor, ...] = flat.split(sizes)
         return parts
 
-    def check(self, flat: Tensor, name: str) -> Tensor:
+    def check(self, flat: Tensor, name: str, *, count: int | None = None) -> Tensor:
         """``flat`` as contiguous fp32, if it is a finite vector of the layout.
+
+        Args:
+            flat: The vector; with ``count`` so many, (count, N).
+            name: Of it, for errors.
+            count: See there.
 
         Raises:
             ConfigError: It has another shape, or elements that are not finite.
         """
-        if flat.shape != (self.numel,):
+        if count is not None and len(flat) != count:
+            raise ConfigError(f"{len(flat)} of {name}: must be {count}")
+        shape = tuple(flat.shape if count is None else flat.shape[1:])
+        if shape != (self.numel,):
             raise ConfigError(
-                f"{name} has shape {tuple(flat.shape)}: must be ({self.numel},), "
+                f"{name} has shape {shape}: must be ({self.numel},), "
                 "flat in the order of the layout"
             )
         flat = flat.detach().float().contiguous()

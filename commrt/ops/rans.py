@@ -199,9 +199,7 @@ def _check_lanes(lanes: int) -> None:
         raise ConfigError(f"lanes={lanes!r}: must be one of {LANES}")
 
 
-def _check_codes(
-    name: str, codes: Tensor, shape: Sequence[int], device: torch.device
-) -> None:
+def _check_codes(name: str, codes: Tensor, shape: Sequence[int], device: torch.device) -> None:
     if codes.dtype != torch.int16 or codes.dim() not in (1, 2) or not codes.is_contiguous():
         raise ConfigError(
             f"{name} is {codes.dtype} {tuple(codes.shape)}: must be 1-D torch.int16, "

@@ -117,9 +117,8 @@ class Rounds(Exchange):
 
     def decode(self, step: Aggregate, answers: Answers) -> Tensor:
         """See :meth:`Exchange.decode`."""
-        for update in step.updates:
-            if self.home(update.client) == self._ranks.rank:
-                self._server.receive(update.client, self._payloads.pop(update.client))
+        here = [each.client for each in step.updates if self.home(each.client) == self._ranks.rank]
+        self._server.receive_all({client: self._payloads.pop(client) for client in here})
         if self._server.is_shared:
             return self._finish(0)
         asked = set[int]()
@@ -127,8 +126,7 @@ class Rounds(Exchange):
             found := answers(self._server.requests() if self._ranks.is_root else None)
         ) is not None:
             asked |= found.keys()
-            for client, payload in found.items():
-                self._server.receive(client, payload)
+            self._server.receive_all(found)
         mean = self._finish(len(asked)) if self._ranks.is_root else torch.empty(self._layout.numel)
         self._ranks.broadcast_(mean)
         return mean
