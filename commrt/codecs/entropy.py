@@ -125,9 +125,10 @@ def decode_vectors(payloads: Sequence[bytes], rows: Tensor) -> Tensor:
         raise
     found = codes.cpu()
     lefts = [each[begin:] for each, begin in zip(data, num_bytes, strict=True)]
-    if any(left.size for left in lefts) or (found.numel() and int(found.min()) == ESCAPED):
-        for each, row, left in zip(found, rows, lefts, strict=True):
-            _fill_escaped(each, row, left)
+    least = found.amin(dim=1).tolist() if found.numel() else [0] * len(lefts)
+    for k, left in enumerate(lefts):
+        if left.size or least[k] == ESCAPED:
+            _fill_escaped(found[k], rows[k], left)
     if checks.tolist() != _checksums(found):
         raise WireFormatError(f"a checksum of {rows.shape[1]} codes is not theirs")
     return found.to(codes.device)
@@ -234,16 +235,17 @@ def _write(
 
 def _escaped_bytes(escaped: Tensor, counts: list[int]) -> list[bytes]:
     """Of each vector; of each segment so many codes, which lie from its first place on."""
-    if not any(counts):
-        return [b""] * len(escaped)
     segments = len(counts) // len(escaped)
     found = []
-    for k, vector in enumerate(escaped):
+    for k in range(len(escaped)):
+        own = counts[k * segments : (k + 1) * segments]
         parts = [
-            vector[segment * RANS_SEGMENT :][:count]
-            for segment, count in enumerate(counts[k * segments : (k + 1) * segments])
+            escaped[k, segment * RANS_SEGMENT :][:count]
+            for segment, count in enumerate(own)
+            if count
         ]
-        found.append(_varints(_zigzag(torch.cat(parts).cpu().numpy().astype(np.int64))))
+        codes = torch.cat(parts).cpu().numpy().astype(np.int64) if parts else None
+        found.append(b"" if codes is None else _varints(_zigzag(codes)))
     return found
 
 
@@ -319,8 +321,6 @@ def _read_words(
 def _fill_escaped(codes: Tensor, rows: Tensor, data: NDArray[np.uint8]) -> None:
     """Put into ``codes``, on the CPU, those that escaped: ``data`` must have them and no more."""
     values = codes.numpy()
-    if not data.size and values.min(initial=0) > ESCAPED:
-        return
     where = np.flatnonzero(values == ESCAPED)
     zigzag, num_bytes = _read_varints(data, where.size)
     if num_bytes != data.size:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commrt.errors import ConfigError
 
+_BF16_INFINITY = 0x7F80
 # A tensor that is smaller shares the parameters of its code with its neighbours.
 LEAST_ELEMENTS = 512
 
@@ -124,6 +125,8 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 def is_finite(flat: Tensor) -> bool:
     """Whether all of at least one element are; in a quarter of the time of ``isfinite().all()``."""
+    if flat.dtype == torch.bfloat16:
+        return int((flat.view(torch.int16) & 0x7FFF).max()) < _BF16_INFINITY
     least, most = flat.aminmax()
     return -math.inf < float(least) and float(most) < math.inf
 

@@ -134,8 +134,7 @@ def read_updates(codec: "Mbtc", layout: Layout, frames: Sequence[Frame]) -> list
         for reader, frame in zip(readers, frames, strict=True)
     ]
     codes = _read_alone(codec, layout, how, frames, readers)
-    least, most = how.predicted.aminmax(dim=1)
-    largest = torch.maximum(-least, most).tolist()
+    largest = how.predicted.abs().amax(dim=1).tolist()
     return [
         Received(
             k,
