@@ -125,10 +125,7 @@ def decode_vectors(payloads: Sequence[bytes], rows: Tensor) -> Tensor:
         raise
     found = codes.cpu()
     lefts = [each[begin:] for each, begin in zip(data, num_bytes, strict=True)]
-    least = found.amin(dim=1).tolist() if found.numel() else [0] * len(lefts)
-    for k, left in enumerate(lefts):
-        if left.size or least[k] == ESCAPED:
-            _fill_escaped(found[k], rows[k], left)
+    _fill_vectors(found, rows, lefts)
     if checks.tolist() != _checksums(found):
         raise WireFormatError(f"a checksum of {rows.shape[1]} codes is not theirs")
     return found.to(codes.device)
@@ -227,26 +224,28 @@ def _write(
     segments = ops.rans_segments(numel)
     if segments == 1:
         return parts
-    return [
-        b"".join((_varints(np.array(used[begin : end - 1], dtype=np.int64)), *parts[begin:end]))
-        for begin, end in ((k * segments, (k + 1) * segments) for k in range(count))
-    ]
+    found = list[bytes]()
+    for k in range(count):
+        own = slice(k * segments, (k + 1) * segments)
+        told, _ = _varints(np.array(used[own][:-1], dtype=np.int64))
+        found.append(b"".join((told.tobytes(), *parts[own])))
+    return found
 
 
 def _escaped_bytes(escaped: Tensor, counts: list[int]) -> list[bytes]:
     """Of each vector; of each segment so many codes, which lie from its first place on."""
+    if not any(counts):
+        return [b""] * len(escaped)
     segments = len(counts) // len(escaped)
-    found = []
-    for k in range(len(escaped)):
-        own = counts[k * segments : (k + 1) * segments]
-        parts = [
-            escaped[k, segment * RANS_SEGMENT :][:count]
-            for segment, count in enumerate(own)
-            if count
-        ]
-        codes = torch.cat(parts).cpu().numpy().astype(np.int64) if parts else None
-        found.append(b"" if codes is None else _varints(_zigzag(codes)))
-    return found
+    parts = [
+        escaped[which // segments, which % segments * RANS_SEGMENT :][:count]
+        for which, count in enumerate(counts)
+        if count
+    ]
+    data, sizes = _varints(_zigzag(torch.cat(parts).cpu().numpy().astype(np.int64)))
+    ends = np.cumsum(np.array(counts).reshape(-1, segments).sum(axis=1))
+    ends = np.concatenate([[0], np.cumsum(sizes)])[ends]
+    return [part.tobytes() for part in np.split(data, ends[:-1])]
 
 
 def _symbols(codes: Tensor) -> Tensor:
@@ -318,6 +317,17 @@ def _read_words(
     return torch.from_numpy(streams.view("<u2").astype(np.uint16, copy=False))
 
 
+def _fill_vectors(codes: Tensor, rows: Tensor, data: Sequence[NDArray[np.uint8]]) -> None:
+    """:func:`_fill_escaped` of each vector; of all in one where each has as many as it must."""
+    counts = (codes == ESCAPED).sum(dim=1).tolist()
+    told = [int((each < 0x80).sum()) for each in data]
+    if counts == told and all(each.size == 0 or each[-1] < 0x80 for each in data):
+        _fill_escaped(codes.view(-1), rows.view(-1), np.concatenate(data))
+        return
+    for code, row, each in zip(codes, rows, data, strict=True):
+        _fill_escaped(code, row, each)
+
+
 def _fill_escaped(codes: Tensor, rows: Tensor, data: NDArray[np.uint8]) -> None:
     """Put into ``codes``, on the CPU, those that escaped: ``data`` must have them and no more."""
     values = codes.numpy()
@@ -339,15 +349,15 @@ def _zigzag(codes: Integers) -> Integers:
     return codes << 1 ^ codes >> 63
 
 
-def _varints(values: Integers) -> bytes:
-    """Seven bits a byte, the lowest first; the highest bit says that more follow."""
-    if values.size == 0:
-        return b""
+def _varints(values: Integers) -> tuple[NDArray[np.uint8], Integers]:
+    """Seven bits a byte, the lowest first, of which the highest bit says that more follow.
+
+    All that the values take, and how many bytes each of them does.
+    """
     sevens = values[:, None] >> 7 * np.arange(MOST_VARINT_BYTES)
     is_there = (sevens > 0) | (np.arange(MOST_VARINT_BYTES) == 0)
     more = (sevens >> 7 > 0) << 7
-    data: bytes = (sevens & 0x7F | more)[is_there].astype(np.uint8).tobytes()
-    return data
+    return (sevens & 0x7F | more)[is_there].astype(np.uint8), is_there.sum(axis=1)
 
 
 def _read_varints(data: NDArray[np.uint8], count: int) -> tuple[Integers, int]:
