@@ -212,9 +212,10 @@ def test_vectors_are_coded_as_if_alone(numel: int) -> None:
     for damaged in (payloads[1][:-1], payloads[1] + b"\x00", payloads[1][:-1] + b"\x80", b""):
         with pytest.raises(WireFormatError):
             decode_vectors([payloads[0], damaged, *payloads[2:]], rows)
+    tail = len(payloads[0]) - 1
+    moved = [payloads[0][:tail], payloads[1] + payloads[0][tail:], *payloads[2:]]
     with pytest.raises(WireFormatError):  # as many numbers as escaped, but of other vectors
-        tail = len(payloads[0]) - 1
-        decode_vectors([payloads[0][:tail], payloads[1] + payloads[0][tail:], *payloads[2:]], rows)
+        decode_vectors(moved, rows)
 
 
 @pytest.mark.parametrize(
