@@ -71,6 +71,14 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.inputs)
 
+    def to(self, device: torch.device) -> "Dataset":
+        """The same, with its examples on a device."""
+        return dataclasses.replace(
+            self,
+            inputs=self.inputs.to(device), targets=self.targets.to(device),
+            test_inputs=self.test_inputs.to(device), test_targets=self.test_targets.to(device),
+        )  # fmt: skip
+
 
 def load(name: str, *, seed: int = 0, model: str | None = None) -> Dataset:
     """A data set by name.

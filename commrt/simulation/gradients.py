@@ -25,10 +25,10 @@ Stacks = Sequence[Tensor]
 """The parameters of several clients: one tensor (C, *shape) for each."""
 
 
-def stack_of(width: int, shape: Sequence[int]) -> Tensor:
+def stack_of(width: int, shape: Sequence[int], device: torch.device) -> Tensor:
     """Zeros (width, *shape) in which every row is aligned."""
     size = math.prod(shape)
-    rows = torch.zeros(width, -(-size // ALIGNED) * ALIGNED)
+    rows = torch.zeros(width, -(-size // ALIGNED) * ALIGNED, device=device)
     return rows[:, :size].view(width, *shape)
 
 
@@ -185,11 +185,26 @@ class LoopGradients(Gradients):
                 stack[0].add_(gradient, alpha=factor)
 
 
-# What of vmap's overhead a client saves is more than what its own kernels lose below about so many
-# weights, on a CPU.
-VMAP_WEIGHTS = 1 << 15
-_BATCHED_BYTES = 4 << 20  # of the weights of clients at once: they stay in cache, overheads shared
-_MOST_BATCHED, _MOST_VMAP = 64, 16
+class _Bounds(NamedTuple):
+    """What suits a kind of device.
+
+    Attributes:
+        vmap_weights: Below about so many, what of vmap's overhead a client saves is more than what
+            its own kernels lose.
+        stack_bytes: Of the weights of clients at once.
+        most_batched: Clients at once.
+        most_vmap: Likewise, under vmap, which always calculates all of them.
+    """
+
+    vmap_weights: int
+    stack_bytes: int
+    most_batched: int
+    most_vmap: int
+
+
+# Measured on a CPU, where the weights of a few clients stay in cache and share overheads. A GPU
+# wants large kernels; how large is a guess.
+_BOUNDS = {"cpu": _Bounds(1 << 15, 4 << 20, 64, 16), "cuda": _Bounds(1 << 22, 256 << 20, 512, 64)}
 
 
 def gradients_of(
@@ -204,7 +219,7 @@ def gradients_of(
 
     Args:
         module: In training mode.
-        dataset: Whose loss and examples it is for.
+        dataset: Whose loss and examples it is for; on the module's device.
         vectorise: False for the loop, True for one of the others, None for what is fastest.
         chunk: Clients at once; None for a number that suits the model.
         batch_size: Largest number of examples a step.
@@ -218,14 +233,15 @@ def gradients_of(
     if vectorise is False:
         return LoopGradients(module, dataset), "vectorise is False"
     num_weights = sum(parameter.numel() for parameter in trained_parameters(module).values())
-    fitting = max(1, _BATCHED_BYTES // (4 * max(1, num_weights)))
+    bounds = _BOUNDS.get(dataset.inputs.device.type, _BOUNDS["cuda"])
+    fitting = max(1, bounds.stack_bytes // (4 * max(1, num_weights)))
     layers, against = layers_of(module, dataset.inputs)
     if layers and dataset.loss is cross_entropy and dataset.targets.dim() == 1:
-        return BatchedGradients(layers, chunk or min(fitting, _MOST_BATCHED)), ""
+        return BatchedGradients(layers, chunk or min(fitting, bounds.most_batched)), ""
     against = against or "the loss is no cross-entropy of one class an example"
-    if vectorise is None and num_weights > VMAP_WEIGHTS:
+    if vectorise is None and num_weights > bounds.vmap_weights:
         return LoopGradients(module, dataset), f"{against}; {num_weights} weights: no gain by vmap"
-    way = VmapGradients(module, dataset, chunk or min(fitting, _MOST_VMAP))
+    way = VmapGradients(module, dataset, chunk or min(fitting, bounds.most_vmap))
     if not (obstacle := _obstacle(way, module, dataset, batch_size)):
         return way, against
     if vectorise:
@@ -237,12 +253,13 @@ def gradients_of(
 def _obstacle(way: VmapGradients, module: nn.Module, dataset: Dataset, batch_size: int) -> str:
     """Why vmap cannot serve a model, found by trying: empty if it can."""
     parameters = trained_parameters(module).values()
-    weights = [stack_of(way.width, p.shape).copy_(p.detach()) for p in parameters]
+    device = dataset.inputs.device
+    weights = [stack_of(way.width, p.shape, device).copy_(p.detach()) for p in parameters]
 
     def attempt(size: int, counted: int) -> dict[str, Tensor]:
         """Gradients of the same examples in all rows; those beyond ``counted`` have no share."""
-        place = torch.arange(size) % len(dataset)
-        share = (torch.arange(size) < counted) / counted
+        place = torch.arange(size, device=device) % len(dataset)
+        share = (torch.arange(size, device=device) < counted) / counted
         parts = (dataset.inputs[place], dataset.targets[place], share)
         return way.of(weights, Batch(*(p.expand(way.width, *p.shape).contiguous() for p in parts)))
 

@@ -95,12 +95,18 @@ class LocalTraining:
 
     The flat vector holds the parameters that need a gradient, and those floating-point buffers that
     are in the state dict: running means of BatchNorm are trained and averaged along. Parameters
-    that need none stay as ``dataset.model(0)`` has them. All is on the CPU.
+    that need none stay as ``dataset.model(0)`` has them.
+
+    On a GPU, data and weights of those that train are there, and what is drawn goes there; updates
+    come back to the host, where they are encoded. Which examples and which weights to begin with
+    are as on the CPU, updates to rounding. There no client's bits are promised: cuBLAS may choose
+    kernels by how many clients train at once. Never run on a GPU.
 
     Args:
-        dataset: Examples, model and loss.
+        dataset: Examples, model and loss; on the CPU.
         shares: Each client's examples, as of :func:`~commrt.simulation.partition.partition`.
         config: How a client trains.
+        device: Where.
 
     Raises:
         ConfigError: ``vectorise`` is True and the model cannot be.
@@ -109,9 +115,11 @@ class LocalTraining:
         UserWarning: ``vectorise`` is ``"auto"`` and the model cannot be.
 
     Cost: in memory ``chunk`` times the weights, twice with momentum, weight decay or prox, four
-    times with Adam; kept from round to round.
+    times with Adam; kept from round to round. A GPU has the data set as well, and while they are
+    made the updates that are asked for.
 
     Attributes:
+        device: Where clients train.
         layout: Of the flat vector.
         sizes: Each client's number of examples.
         way: ``"batched"``, ``"vmap"`` or ``"loop"``, see :mod:`commrt.simulation.gradients`.
@@ -119,10 +127,18 @@ class LocalTraining:
     """
 
     def __init__(
-        self, dataset: Dataset, shares: Sequence[NDArray[np.int64]], config: LocalConfig
+        self,
+        dataset: Dataset,
+        shares: Sequence[NDArray[np.int64]],
+        config: LocalConfig,
+        *,
+        device: torch.device | str = "cpu",
     ) -> None:
+        self.device = torch.empty(0, device=device).device  # which has its number
+        self._is_on_host = self.device.type == "cpu"
+        dataset = dataset.to(self.device)
         self.dataset, self.config = dataset, config
-        self._module = dataset.model(0).train()
+        self._module = dataset.model(0).train().to(self.device)
         self._parameters = trained_parameters(self._module)
         self._buffers = _trained_buffers(self._module)
         self._state = [(name, b, b.clone()) for name, b in self._module.named_buffers()]
@@ -142,12 +158,19 @@ class LocalTraining:
         )  # fmt: skip
         self.sizes = tuple(self._batches.sizes.tolist())
         shapes = [tuple(p.shape) for p in self._parameters.values()]
-        self._descent = _Descent(config, shapes, self._gradients.width)
+        self._descent = _Descent(config, shapes, self._gradients.width, self.device)
+        self._generators = [torch.default_generator]
+        if not self._is_on_host:
+            self._generators.append(torch.cuda.default_generators[self.device.index])
 
     def start(self, seed: int) -> Tensor:
-        """The weights before training: flat fp32 (N,)."""
+        """The weights before training: flat fp32 (N,), on the host."""
         module = self.dataset.model(seed)
         return self.layout.flatten(trained_parameters(module) | _trained_buffers(module))
+
+    def room(self, count: int) -> Tensor:
+        """Where updates fit: fp32 (count, N), uninitialised, on the host; pinned for a GPU."""
+        return torch.empty(count, self.layout.numel, pin_memory=not self._is_on_host)
 
     @torch.no_grad()
     def updates(
@@ -162,41 +185,45 @@ class LocalTraining:
         """What local training adds to the weights.
 
         Args:
-            weights_N: Flat fp32, of the layout.
+            weights_N: Flat fp32, of the layout, on any device.
             clients: Their numbers, in any order.
             round_index: Of what is drawn.
             seed: Of what is drawn.
-            out: Where to write; spares making a tensor.
+            out: Where to write, on the host, best of :meth:`room`; spares making a tensor.
 
         Returns:
-            fp32 (K, N): new minus old weights, by the order of ``clients``. 0 for a client that has
-            no examples.
+            fp32 (K, N), on the host: new minus old weights, by the order of ``clients``. 0 for a
+            client that has no examples.
 
         Raises:
             ConfigError: Weights that do not fit or are not finite, or an unknown client.
         """
-        weights_N = self.layout.check(weights_N, "weights")
+        weights_N = self.layout.check(weights_N, "weights").to(self.device)
         chosen = np.array(clients, np.int64).reshape(-1)
         if np.any((chosen < 0) | (chosen >= len(self.sizes))):
             raise ConfigError(f"clients {list(clients)}: must be from 0 to {len(self.sizes) - 1}")
         if out is None:
-            out = torch.empty(len(chosen), self.layout.numel)
+            out = self.room(len(chosen))
         elif out.shape != (len(chosen), self.layout.numel) or out.dtype != torch.float32:
             wanted = (len(chosen), self.layout.numel)
             raise ConfigError(f"out is {out.dtype} {tuple(out.shape)}: must be fp32 {wanted}")
         start = self.layout.split(weights_N)
         order = self._batches.order(chosen)
-        with torch.random.fork_rng(devices=[], enabled=self._is_loop):
+        moved = out if self._is_on_host else torch.empty(out.shape, device=self.device)
+        gpus = [] if self._is_on_host else [self.device.index]
+        with torch.random.fork_rng(devices=gpus, enabled=self._is_loop):
             for first in range(0, len(order), self._gradients.width):
                 places = order[first : first + self._gradients.width]
                 self._train(start, chosen[places], round_index, seed)
-                self._write(start, places, out)
+                self._write(start, places, moved)
+        if moved is not out:
+            out.copy_(moved)
         return out
 
     @torch.no_grad()
     def evaluate(self, weights_N: Tensor) -> float:
         """The data set's metric on the examples to test on."""
-        data, weights = self.dataset, self.layout.split(weights_N)
+        data, weights = self.dataset, self.layout.split(weights_N.to(self.device))
         self._module.eval()
         total = 0.0
         pieces = zip(
@@ -218,9 +245,10 @@ class LocalTraining:
         for name, buffer, fresh in self._state:
             buffer.copy_(start[name] if name in self._buffers else fresh)
         if self._is_loop:  # for what the module draws; torch.manual_seed takes 100 times as long
-            torch.default_generator.manual_seed(
-                derive_seed("simulation.model", seed, round_index, int(clients[0]))
-            )
+            for generator in self._generators:
+                generator.manual_seed(
+                    derive_seed("simulation.model", seed, round_index, int(clients[0]))
+                )
         self._descent.begin([start[name] for name in self._parameters], len(clients))
         drawn = self._batches.draw(clients, seed=seed, round_index=round_index)
         for step, batches in enumerate(drawn, start=1):
@@ -229,24 +257,32 @@ class LocalTraining:
 
     def _adder(self, picked: Picked) -> Callable[[Stacks, float], None]:
         """What adds a multiple of the gradients to stacks."""
-        examples = picked.examples
+        examples = self._placed(picked.examples)
         inputs, targets = (
             tensor.index_select(0, examples.view(-1)).view(*examples.shape, *tensor.shape[1:])
             for tensor in (self.dataset.inputs, self.dataset.targets)
         )
-        batch = Batch(inputs, targets, picked.shares)
+        batch = Batch(inputs, targets, self._placed(picked.shares))
 
         def add(into: Stacks, factor: float) -> None:
             self._gradients.add(into, self._descent.weights, picked.rows, batch, factor)
 
         return add
 
+    def _placed(self, drawn: Tensor) -> Tensor:
+        """What was drawn on the host, where clients train."""
+        if self._is_on_host:
+            return drawn
+        # Pinned, the host need not wait for the copy, nor for the steps before it. torch keeps the
+        # memory until the copy is done.
+        return drawn.pin_memory().to(self.device, non_blocking=True)
+
     def _write(self, start: dict[str, Tensor], places: NDArray[np.int64], out: Tensor) -> None:
         """What the chunk's clients have changed, to their places."""
         count = len(places)
         trained = [stack[:count] for stack in self._descent.weights]
         trained += [b.float().expand(count, *b.shape) for b in self._buffers.values()]
-        rows = torch.from_numpy(places)
+        rows = self._placed(torch.from_numpy(places))
         in_order = bool((np.diff(places) == 1).all())
         parts = out.split([old.numel() for old in start.values()], dim=1)
         for new, old, part in zip(trained, start.values(), parts, strict=True):
@@ -263,14 +299,21 @@ class _Descent:
         config: Which one.
         shapes: Of the parameters.
         width: Clients.
+        device: Of their weights.
 
     Attributes:
         weights: Theirs, one tensor (width, *shape) for each parameter.
     """
 
-    def __init__(self, config: LocalConfig, shapes: Sequence[tuple[int, ...]], width: int) -> None:
+    def __init__(
+        self,
+        config: LocalConfig,
+        shapes: Sequence[tuple[int, ...]],
+        width: int,
+        device: torch.device,
+    ) -> None:
         def stacks(needed: bool) -> list[Tensor]:
-            return [stack_of(width, shape) for shape in shapes] if needed else []
+            return [stack_of(width, shape, device) for shape in shapes] if needed else []
 
         self._config = config
         self._is_adam = config.optimizer == "adam"
