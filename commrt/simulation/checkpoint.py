@@ -43,7 +43,7 @@ def read(folder: Path) -> dict[str, Any]:
     """
     path = folder / NAME
     try:
-        state: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise StateError(f"no checkpoint at {path}") from error
     except (RuntimeError, EOFError, UnpicklingError, zipfile.BadZipFile) as error:

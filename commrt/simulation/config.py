@@ -16,6 +16,7 @@ from typing import Any
 
 from commrt.errors import ConfigError
 from commrt.federated import parse_uplink
+from commrt.simulation.devices import CudaAware, check_device
 from commrt.simulation.local import LocalConfig
 from commrt.simulation.policies import POLICIES, FedAvg, Policy
 from commrt.simulation.privacy import PrivacyConfig
@@ -77,9 +78,12 @@ class RunConfig:
         until_s: At what virtual time it ends, if that is sooner.
         evaluate_every: Aggregations; the last one is evaluated in any case.
         checkpoint_every: Aggregations; 0 for none.
+        device: Where clients train and the server's model is: ``"cpu"``; ``"cuda"``, a GPU of its
+            own for each rank of a machine, as far as there are so many; or ``"cuda:N"``.
+        cuda_aware: Whether MPI reads GPU memory; ``"auto"`` asks it.
 
     Raises:
-        ConfigError: A value out of range.
+        ConfigError: A value out of range, or a GPU that is not here.
     """
 
     seed: int = 0
@@ -87,6 +91,8 @@ class RunConfig:
     until_s: float = math.inf
     evaluate_every: int = 1
     checkpoint_every: int = 0
+    device: str = "cpu"
+    cuda_aware: CudaAware = "auto"
 
     def __post_init__(self) -> None:
         least = {"seed": 0, "aggregations": 1, "evaluate_every": 1, "checkpoint_every": 0}
@@ -95,6 +101,7 @@ class RunConfig:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be at least {bound}")
         if not self.until_s > 0:
             raise ConfigError(f"until_s is {self.until_s}: must be above 0")
+        check_device(self.device)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

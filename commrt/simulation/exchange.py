@@ -29,8 +29,16 @@ class Exchange(abc.ABC):
 
     has_rounds: bool
 
-    def __init__(self, uplink: Uplink, layout: Layout, seed: int, ranks: Ranks) -> None:
+    def __init__(
+        self,
+        uplink: Uplink,
+        layout: Layout,
+        seed: int,
+        ranks: Ranks,
+        device: torch.device,
+    ) -> None:
         self._uplink, self._layout, self._seed, self._ranks = uplink, layout, seed, ranks
+        self._device = device
         self._payloads: dict[int, bytes] = {}
         self.figures: dict[str, float] = {}
         self.histories = StateStore()
@@ -57,7 +65,7 @@ class Exchange(abc.ABC):
 
     @abc.abstractmethod
     def decode(self, step: Aggregate, answers: Answers) -> Tensor:
-        """The sum of weighted updates, fp32 (N,)."""
+        """The sum of weighted updates, fp32 (N,), on the device."""
 
     def state_dict(self) -> dict[str, Any]:
         """What this rank has between steps."""
@@ -81,6 +89,7 @@ class Rounds(Exchange):
         layout: Of the updates.
         seed: Of what is drawn.
         ranks: Of the run.
+        device: Where the mean goes.
         shares: Of each client in the mean.
         histories: Takes what the server keeps of each client.
     """
@@ -93,11 +102,12 @@ class Rounds(Exchange):
         layout: Layout,
         seed: int,
         ranks: Ranks,
+        device: torch.device,
         *,
         shares: Mapping[int, float],
         histories: StateStore,
     ) -> None:
-        super().__init__(uplink, layout, seed, ranks)
+        super().__init__(uplink, layout, seed, ranks, device)
         self._server = uplink.server(layout, seed=seed, peers=ranks)
         self._server.histories = self.histories = histories
         self._shares = shares
@@ -120,14 +130,17 @@ class Rounds(Exchange):
         here = [each.client for each in step.updates if self.home(each.client) == self._ranks.rank]
         self._server.receive_all({client: self._payloads.pop(client) for client in here})
         if self._server.is_shared:
-            return self._finish(0)
+            return self._finish(0).to(self._device)
         asked = set[int]()
         while (
             found := answers(self._server.requests() if self._ranks.is_root else None)
         ) is not None:
             asked |= found.keys()
             self._server.receive_all(found)
-        mean = self._finish(len(asked)) if self._ranks.is_root else torch.empty(self._layout.numel)
+        if self._ranks.is_root:
+            mean = self._finish(len(asked)).to(self._device)
+        else:
+            mean = torch.empty(self._layout.numel, device=self._device)
         self._ranks.broadcast_(mean)
         return mean
 
@@ -153,8 +166,10 @@ class Singles(Exchange):
 
     has_rounds = False
 
-    def __init__(self, uplink: Uplink, layout: Layout, seed: int, ranks: Ranks) -> None:
-        super().__init__(uplink, layout, seed, ranks)
+    def __init__(
+        self, uplink: Uplink, layout: Layout, seed: int, ranks: Ranks, device: torch.device
+    ) -> None:
+        super().__init__(uplink, layout, seed, ranks, device)
         self._begun: dict[int, int] = {}
 
     def begin(self, step: Start, previous: Tensor | None) -> dict[int, bytes]:
@@ -171,6 +186,7 @@ class Singles(Exchange):
         total = torch.zeros(self._layout.numel)
         if self._ranks.is_root:
             self._decode_(total, step)
+        total = total.to(self._device)
         self._ranks.broadcast_(total)
         return total
 

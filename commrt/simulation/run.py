@@ -24,6 +24,7 @@ from commrt.metrics import Row
 from commrt.simulation import checkpoint, data
 from commrt.simulation.aggregation import make_schedule
 from commrt.simulation.config import Config
+from commrt.simulation.devices import device_of
 from commrt.simulation.exchange import Exchange, Rounds, Singles
 from commrt.simulation.local import LocalTraining
 from commrt.simulation.partition import partition
@@ -48,9 +49,10 @@ class Run:
     Raises:
         ConfigError: Settings that do not go together.
 
-    Cost: on every rank the data, the models that somebody trains on, ``chunk`` clients' weights,
-    and 256 MB of updates; with an uplink that remembers, its memory for the rank's clients, up to
-    ``clients.state_mb``, and at the first rank what its server remembers.
+    Cost: on every rank, on its device, the data, the models that somebody trains on and ``chunk``
+    clients' weights; 256 MB of updates, on a GPU and the host; with an uplink that remembers, its
+    memory for the rank's clients, up to ``clients.state_mb``, and at the first rank what its server
+    remembers.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -65,11 +67,16 @@ class Run:
             num_examples=len(dataset),
             least=config.clients.least,
         )
-        self.training = LocalTraining(dataset, shares, config.local)
+        self._device = device_of(config.run.device, ranks.local_rank)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # whose context MPI and kernels go by
+            ranks.use_gpus(config.run.cuda_aware)
+        self.training = LocalTraining(dataset, shares, config.local, device=self._device)
         self.layout = self.training.layout
         self._metric = dataset.metric
         self._uplink = parse_uplink(config.uplink)
-        self._server = ServerStep(config.server, self.layout, self.training.start(config.run.seed))
+        first = self.training.start(config.run.seed).to(self._device)
+        self._server = ServerStep(config.server, self.layout, first)
         self._models = {0: self._server.weights}
         self._previous: Tensor | None = None
         self._states = self._store()
@@ -98,7 +105,7 @@ class Run:
 
     @property
     def weights(self) -> Tensor:
-        """Of the newest model, fp32 (N,)."""
+        """Of the newest model, fp32 (N,), on the rank's device."""
         return self._server.weights
 
     def carry_out(self, report: Report | None = None, out: Path | None = None) -> None:
@@ -137,7 +144,7 @@ class Run:
             "config": repr(self._without_length()),
             "schedule": self.schedule.state_dict(),
             "server": self._server.state_dict(),
-            "models": self._models,
+            "models": {version: model.cpu() for version, model in self._models.items()},
             "previous": self._previous,
             "lost": self._lost,
             "privacy": self._privacy.state_dict(),
@@ -162,7 +169,8 @@ class Run:
         self.schedule.load_state_dict(state["schedule"])
         # Copies, since these are mapped from a file that the first rank will replace.
         self._server.load_state_dict(copy.deepcopy(state["server"]))
-        self._models, self._previous = copy.deepcopy((state["models"], state["previous"]))
+        models, self._previous = copy.deepcopy((state["models"], state["previous"]))
+        self._models = {version: model.to(self._device) for version, model in models.items()}
         self._exchange.load_state_dicts([checkpoint.unpack(part) for part in state["exchange"]])
         self._lost = state["lost"]
         self._privacy.load_state_dict(state["privacy"])
@@ -218,7 +226,7 @@ class Run:
         """Some of the rank's clients and their updates (K, N), until the next are asked for."""
         own = self._ranks.own(step.clients)
         fitting = max(self.config.local.chunk or 1, _TRAINED_BYTES // (4 * self.layout.numel))
-        room = torch.empty(min(fitting, len(own)), self.layout.numel)
+        room = self.training.room(min(fitting, len(own)))
         for begin in range(0, len(own), fitting):
             some = own[begin : begin + fitting]
             updates = self.training.updates(
@@ -265,7 +273,7 @@ class Run:
         else:
             weights = self._server.step(mean)
         self._models[step.version] = weights
-        self._previous = mean if self._exchange.has_rounds else None
+        self._previous = mean.cpu() if self._exchange.has_rounds else None
         row: dict[str, Any] = {"kind": "round", "step": step.version, "virtual_s": step.at_s}
         if self._ranks.is_root:
             row |= {"clients": len(step.updates), "lost": self._lost, **self._exchange.figures}
@@ -322,6 +330,7 @@ class Run:
                 self.layout,
                 self.config.run.seed,
                 self._ranks,
+                self._device,
                 shares=shares,
                 histories=self._store(),
             )
@@ -330,7 +339,7 @@ class Run:
                 f"uplink {self._uplink.spec} remembers rounds, which {self.config.schedule} "
                 "has not: must have memory=False"
             )
-        return Singles(self._uplink, self.layout, self.config.run.seed, self._ranks)
+        return Singles(self._uplink, self.layout, self.config.run.seed, self._ranks, self._device)
 
     def _check_secure(self, uplink: SecureUplink) -> None:
         policy, importance = self.config.schedule, self.config.clients.importance
@@ -375,6 +384,8 @@ class Run:
             until_s=float("inf"),
             evaluate_every=1,
             checkpoint_every=0,
+            device="cpu",
+            cuda_aware="auto",
         )
         clients = dataclasses.replace(self.config.clients, state_mb=float("inf"), state_folder=None)
         return dataclasses.replace(self.config, run=plain, clients=clients)

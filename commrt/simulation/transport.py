@@ -4,6 +4,7 @@ Everything is bytes of a known size; a payload travels as it is.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commrt.errors import ConfigError
+from commrt.simulation.devices import CudaAware, why_staged
 
 # MPI counts with 32 bits where it is old.
 _PIECE = 1 << 30
@@ -26,10 +28,13 @@ class Ranks:
 
     Args:
         communicator: Of mpi4py; None for one rank.
+        local_rank: Among the ranks of this machine.
     """
 
-    def __init__(self, communicator: Any = None) -> None:
+    def __init__(self, communicator: Any = None, local_rank: int = 0) -> None:
         self._comm = communicator
+        self.local_rank = local_rank
+        self._is_staged = True
         self.rank: int = 0 if communicator is None else communicator.Get_rank()
         self.size: int = 1 if communicator is None else communicator.Get_size()
 
@@ -62,10 +67,46 @@ class Ranks:
         self._broadcast(data)
         return _cut(sizes, data)
 
+    def use_gpus(self, cuda_aware: CudaAware) -> None:
+        """Find out whether MPI reads GPU memory; until then it is given none.
+
+        Args:
+            cuda_aware: What is known of it; ``"auto"`` asks MPI.
+
+        Warns:
+            UserWarning: It does not, so that tensors of a GPU go through host memory; at the root.
+        """
+        if self._comm is None:
+            return
+        why = why_staged(self._comm, cuda_aware)
+        self._is_staged = bool(why)
+        if why and self.is_root:
+            warnings.warn(
+                f"{why}: models go between GPUs through host memory; run.cuda_aware=true if that "
+                "is wrong",
+                stacklevel=2,
+            )
+
     def broadcast_(self, flat: Tensor) -> None:
-        """Overwrite a contiguous tensor of the CPU with the root's."""
-        if self._comm is not None:
-            self._broadcast(flat.view(-1).view(torch.uint8).numpy())
+        """Overwrite a contiguous tensor with the root's.
+
+        One of a GPU, which a cupy array becomes by ``torch.as_tensor``, goes to MPI as it is where
+        MPI reads GPU memory, see :meth:`use_gpus`.
+
+        Stream: the current one, which the host waits for.
+        """
+        if self._comm is None:
+            return
+        data = flat.view(-1).view(torch.uint8)
+        if flat.device.type == "cpu":
+            self._broadcast(data.numpy())
+        elif self._is_staged:
+            host = data.cpu()
+            self._broadcast(host.numpy())
+            data.copy_(host)
+        else:
+            torch.cuda.current_stream(flat.device).synchronize()  # MPI knows of no streams
+            self._broadcast(data)
 
     def deliver(
         self, frames: Mapping[int, bytes], home: Callable[[int], int]
@@ -123,7 +164,7 @@ class Ranks:
         self._comm.Allgather(np.array([own]), counts)
         return counts
 
-    def _broadcast(self, data: Bytes) -> None:
+    def _broadcast(self, data: Bytes | Tensor) -> None:
         for begin in range(0, len(data), _PIECE):
             self._comm.Bcast(data[begin : begin + _PIECE])
 
@@ -173,7 +214,10 @@ def all_ranks() -> Ranks:
         raise ConfigError(
             "mpiexec started this, and mpi4py is not installed: pip install 'commrt[mpi]'"
         ) from error
-    return Ranks(MPI.COMM_WORLD)
+    neighbours = MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED)
+    local_rank = neighbours.Get_rank()
+    neighbours.Free()
+    return Ranks(MPI.COMM_WORLD, local_rank)
 
 
 def _cut(sizes: Integers, data: Bytes) -> dict[int, bytes]:

@@ -70,11 +70,11 @@ def shares_of(sizes=SIZES):
     return np.split(order, np.cumsum(sizes)[:-1])
 
 
-def training(make=small, sizes=SIZES, data=None, **options):
+def training(make=small, sizes=SIZES, data=None, device="cpu", **options):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = LocalConfig(**({"batch_size": 16} | options))
-        return LocalTraining(data or data_of(make), shares_of(sizes), config)
+        return LocalTraining(data or data_of(make), shares_of(sizes), config, device=device)
 
 
 # -- what is computed -----------------------------------------------------------------------------
