@@ -144,7 +144,7 @@ class Run:
             "config": repr(self._without_length()),
             "schedule": self.schedule.state_dict(),
             "server": self._server.state_dict(),
-            "models": {version: model.cpu() for version, model in self._models.items()},
+            "models": self._models,
             "previous": self._previous,
             "lost": self._lost,
             "privacy": self._privacy.state_dict(),

@@ -119,6 +119,27 @@ def test_any_number_of_ranks(
         assert_same(tmp_path / "1", tmp_path / str(ranks))
 
 
+# Decoded on all ranks; at the first one, for a cohort; and there, each alone.
+ON_GPUS = {
+    "shared": (),
+    "secure": ("uplink=secure:bits=16,norm=30", "clients.importance=equal", "schedule.least=3"),
+    "fedbuff": ('schedule={policy="fedbuff", buffer=2, concurrency=4}', "uplink=fp16"),
+}
+
+
+@pytest.mark.parametrize(("name", "aware"), [("shared", 0), ("secure", 0), ("fedbuff", 1)])
+def test_models_on_gpus(name: str, aware: int, config: Path, tmp_path: Path) -> None:
+    """Pretended ones, whose memory MPI reads as it is the host's: the models of the CPU."""
+    changes = [*ON_GPUS[name], "traces.up_bytes_per_s=1e6", "run.aggregations=3"]
+    alone(config, tmp_path / "1", *changes)
+    changes += ["run.device=cuda", f"run.cuda_aware={'true' if aware else 'auto'}"]
+    sets = [word for change in changes for word in ("--set", change)]
+    program = ("-m", "tests.mpi.pretending")
+    said = start(2, config, "--out", tmp_path / "2", *sets, program=program)
+    assert said.stdout.count("models go between GPUs through host memory") == (not aware)
+    assert_same(tmp_path / "1", tmp_path / "2")
+
+
 def test_a_killed_rank_ends_all_and_the_run_goes_on(config: Path, tmp_path: Path) -> None:
     """On another number of ranks, to the same model."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"

@@ -67,9 +67,7 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self._marks = marks
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         checked = (args[0], kwargs) if func in _INDEXED else (args, kwargs)
         tensors = [each for each in tree_flatten(checked)[0] if isinstance(each, Tensor)]
@@ -136,6 +134,7 @@ def pretended_gpu() -> Iterator[Marks]:
     with (
         mock.patch("torch.cuda.device_count", return_value=1),
         mock.patch("torch.cuda.set_device"),
+        mock.patch("torch.cuda.current_stream"),
         mock.patch("torch.cuda.default_generators", (generator,)),
         mock.patch("torch.cuda.get_rng_state", side_effect=lambda _: generator.get_state()),
         mock.patch("torch.cuda.set_rng_state", side_effect=lambda s, _: generator.set_state(s)),

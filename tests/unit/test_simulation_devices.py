@@ -1,15 +1,17 @@
 """Training on a GPU, as far as that can be tested without one: see pretended.py for how far."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from commrt.errors import ConfigError
 from commrt.simulation.config import Config
-from commrt.simulation.devices import device_of
+from commrt.simulation.devices import device_of, why_staged
 from commrt.simulation.run import Run
 from commrt.simulation.transport import Ranks
 from tests.unit import test_simulation_run as runs
@@ -31,7 +33,10 @@ def test_no_operation_mixes_devices(name: str, options: dict[str, Any]) -> None:
     with pretended_gpu() as gpu:
         on_gpu = training(MODELS[name], device="cuda", **options)
         assert on_gpu.way == on_cpu.way == WAYS[name]
-        found = on_gpu.updates(start, CLIENTS, 2, 3)
+        pinned = gpu.pinned
+        room = on_gpu.room(len(CLIENTS))
+        assert gpu.pinned == pinned + 1
+        found = on_gpu.updates(start, CLIENTS, 2, 3, out=room)
         assert (found.device, on_gpu.device) == (CPU, GPU)
         assert gpu.copies_to_host == 1
         assert on_gpu.evaluate(start) == on_gpu.evaluate(start.to(GPU)) == metric
@@ -61,7 +66,9 @@ def test_what_a_model_draws_on_a_gpu_is_the_client_s() -> None:
 @pytest.mark.parametrize("policy", ["fedavg", "fedasync", "fedbuff"])
 def test_runs_on_either_device(policy: str, tmp_path: Path) -> None:
     """One that goes on on the other device as well: with the CPU's kernels, the same to the bit."""
-    sections = {"uplink": runs.MEMORYLESS, "schedule": runs.ASYNC.get(policy, runs.FEDAVG)}
+    sections = {"schedule": runs.ASYNC.get(policy, runs.FEDAVG)}
+    if policy != "fedavg":
+        sections["uplink"] = runs.MEMORYLESS
     sections["server"] = {"optimizer": "adam", "lr": 0.02}
     expected, rows = runs.carried_out(runs.config(**sections))
     with pretended_gpu() as gpu:
@@ -69,7 +76,6 @@ def test_runs_on_either_device(policy: str, tmp_path: Path) -> None:
         Run(runs.config(**sections, run=length), Ranks()).carry_out(out=tmp_path)
         found, on_gpu = runs.carried_out(runs.config(**sections, run={"device": "cuda"}))
         assert gpu.has(found.weights)
-        assert gpu.pinned > 0
         again = Run(runs.config(**sections, run={"device": "cuda"}), Ranks())
         again.resume(tmp_path)
         again.carry_out()
@@ -137,3 +143,116 @@ def test_ranks_of_a_machine_share_its_gpus(monkeypatch: pytest.MonkeyPatch) -> N
     assert indices == [0, 1, 2, 0, 1]
     assert device_of("cuda:1", 2) == torch.device("cuda", 1)
     assert device_of("cpu", 2) == CPU
+
+
+# -- what MPI is given ----------------------------------------------------------------------------
+
+
+class Communicator:
+    """Of two ranks: notes what it is given, and fills it where it is not the root's.
+
+    No MPI that reads GPU memory is tested, nor that the pointer which mpi4py finds is that of the
+    GPU; tests/mpi hands tensors of a pretended GPU to a real one.
+    """
+
+    def __init__(self, rank: int = 0, kinds: str | None = None) -> None:
+        self.rank, self.kinds, self.events = rank, kinds, list[Any]()
+
+    def Get_rank(self) -> int:  # noqa: N802
+        return self.rank
+
+    def Get_size(self) -> int:  # noqa: N802
+        return 2
+
+    def Get_info(self) -> Any:  # noqa: N802
+        kinds = {"mpi_memory_alloc_kinds": self.kinds}
+        return SimpleNamespace(Get=kinds.get, Free=lambda: self.events.append("freed"))
+
+    def Bcast(self, data: Any) -> None:  # noqa: N802
+        self.events.append(data)
+        if self.rank:
+            data[:] = data.new_tensor(PATTERN) if isinstance(data, Tensor) else PATTERN
+
+
+NUMBERS = torch.tensor([1.5, -2.0, 3.0])
+PATTERN = NUMBERS.view(torch.uint8).numpy()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_mpi_that_reads_gpus_is_given_the_tensor(rank: int) -> None:
+    """Once what calculates it is done."""
+    communicator = Communicator(rank)
+    with pretended_gpu() as gpu:
+        ranks = Ranks(communicator)
+        ranks.use_gpus(True)
+        flat = (torch.zeros(3) if rank else NUMBERS).to("cuda")
+        torch.cuda.current_stream().synchronize = lambda: communicator.events.append("synchronised")
+        ranks.broadcast_(flat)
+        done, given = communicator.events
+        assert done == "synchronised"
+        assert gpu.has(given)
+        assert (given.data_ptr(), given.dtype) == (flat.data_ptr(), torch.uint8)
+        assert gpu.copies_to_host == 0
+        assert torch.equal(flat.cpu(), NUMBERS)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("is_asked", [False, True])
+def test_mpi_that_does_not_gets_a_copy(rank: int, is_asked: bool) -> None:
+    """As one of which nobody has asked. It comes back, and the first rank says so, once."""
+    communicator = Communicator(rank, kinds="mpi,system")
+    with pretended_gpu() as gpu:
+        ranks = Ranks(communicator)
+        if is_asked and rank == 0:
+            with pytest.warns(UserWarning, match="memory kinds are mpi,system: models go between"):
+                ranks.use_gpus("auto")
+        elif is_asked:
+            ranks.use_gpus("auto")
+        flat = (torch.zeros(3) if rank else NUMBERS).to("cuda")
+        ranks.broadcast_(flat)
+        assert isinstance(communicator.events[-1], np.ndarray)
+        assert gpu.has(flat)
+        assert torch.equal(flat.cpu(), NUMBERS)
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_large_tensors_go_in_pieces(is_gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("commrt.simulation.transport._PIECE", 5)
+    communicator = Communicator()
+    with pretended_gpu():
+        ranks = Ranks(communicator)
+        ranks.use_gpus(True)
+        ranks.broadcast_(NUMBERS.to("cuda") if is_gpu else NUMBERS)
+        assert [len(piece) for piece in communicator.events] == [5, 5, 2]
+        assert b"".join(bytes(piece.tolist()) for piece in communicator.events) == bytes(PATTERN)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "query", "setting", "says"),
+    [
+        ("mpi,system,cuda:device", None, "auto", ""),
+        ("system, CUDA", None, "auto", ""),
+        ("mpi,system", True, "auto", "MPI's memory kinds are mpi,system"),
+        ("system,cuda:host", True, "auto", "MPI's memory kinds are system,cuda:host"),
+        (None, True, "auto", ""),
+        (None, False, "auto", "MPI is not CUDA-aware"),
+        (None, None, "auto", "MPI does not say whether it is CUDA-aware"),
+        ("mpi,system", False, True, ""),
+        ("cuda:device", True, False, "cuda_aware is false"),
+    ],
+)
+def test_whether_mpi_reads_gpus(
+    kinds: str | None, query: bool | None, setting: Any, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The key of the standard decides where there is one, the library's own word otherwise."""
+    monkeypatch.setattr("commrt.simulation.devices._query", lambda: query)
+    communicator = Communicator(kinds=kinds)
+    assert why_staged(communicator, setting) == says
+    assert communicator.events == ([] if setting != "auto" else ["freed"])
+
+
+def test_the_mpi_that_is_here() -> None:
+    """Open MPI of PyPI, built without CUDA, has no such key, but the query."""
+    from mpi4py import MPI
+
+    assert why_staged(MPI.COMM_SELF, "auto") == "MPI is not CUDA-aware"
