@@ -62,7 +62,7 @@ def why_staged(communicator: Any, cuda_aware: CudaAware) -> str:
     info.Free()
     if kinds is not None:
         can = not {"cuda", "cuda:device"}.isdisjoint(re.split(r"[\s,]+", kinds.lower()))
-        return "" if can else f"MPI's memory kinds are {kinds}"
+        return "" if can else f"MPI's memory kinds are {kinds!r}"
     supports = _query()
     if supports is None:
         return "MPI does not say whether it is CUDA-aware"

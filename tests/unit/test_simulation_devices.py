@@ -1,5 +1,6 @@
 """Training on a GPU, as far as that can be tested without one: see pretended.py for how far."""
 
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -204,10 +205,11 @@ def test_mpi_that_does_not_gets_a_copy(rank: int, is_asked: bool) -> None:
     with pretended_gpu() as gpu:
         ranks = Ranks(communicator)
         if is_asked and rank == 0:
-            with pytest.warns(UserWarning, match="memory kinds are mpi,system: models go between"):
+            with pytest.warns(UserWarning, match="memory kinds are 'mpi,system': models go between"):
                 ranks.use_gpus("auto")
         elif is_asked:
-            ranks.use_gpus("auto")
+            with warnings.catch_warnings(action="error"):
+                ranks.use_gpus("auto")
         flat = (torch.zeros(3) if rank else NUMBERS).to("cuda")
         ranks.broadcast_(flat)
         assert isinstance(communicator.events[-1], np.ndarray)
@@ -232,8 +234,9 @@ def test_large_tensors_go_in_pieces(is_gpu: bool, monkeypatch: pytest.MonkeyPatc
     [
         ("mpi,system,cuda:device", None, "auto", ""),
         ("system, CUDA", None, "auto", ""),
-        ("mpi,system", True, "auto", "MPI's memory kinds are mpi,system"),
-        ("system,cuda:host", True, "auto", "MPI's memory kinds are system,cuda:host"),
+        ("", True, "auto", "MPI's memory kinds are ''"),
+        ("mpi,system", True, "auto", "MPI's memory kinds are 'mpi,system'"),
+        ("system,cuda:host", True, "auto", "MPI's memory kinds are 'system,cuda:host'"),
         (None, True, "auto", ""),
         (None, False, "auto", "MPI is not CUDA-aware"),
         (None, None, "auto", "MPI does not say whether it is CUDA-aware"),
