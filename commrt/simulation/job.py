@@ -133,7 +133,7 @@ def _reporting(run: Run, ranks: Ranks, out: Path | None, *, tensorboard: bool) -
         def report(row: Row) -> None:
             for sink in sinks:
                 sink.write(row)
-            bar.update()
+            bar.update(row["kind"] == "round")
             shown = {k: row[k] for k in ("accuracy", "loss", "bits", "virtual_s") if k in row}
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
 

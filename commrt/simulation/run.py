@@ -105,7 +105,8 @@ class Run:
         """Go on to the end.
 
         Args:
-            report: Called on the first rank with a row for each aggregation.
+            report: Called on the first rank with a row for each aggregation, and with one of kind
+                ``"val"`` where nobody knew that the last one was the last.
             out: Where checkpoints go, if the settings ask for any.
         """
         begun = time.perf_counter()
@@ -121,6 +122,10 @@ class Run:
                     report({**row, "wall_s": time.perf_counter() - begun})
                 self._keep(step.version, out)
             self._models = {each: self._models[each] for each in self.schedule.alive}
+        last, at_s = self.schedule.version, self.schedule.now_s
+        if report is not None and self._ranks.is_root and not self._is_evaluated(last):
+            row = {"kind": "val", "step": last, "virtual_s": at_s, **self._evaluated(self.weights)}
+            report({**row, "wall_s": time.perf_counter() - begun})
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, between steps of which none waits to be carried out.
@@ -270,11 +275,18 @@ class Run:
         if self._ranks.is_root:
             row |= {"clients": len(step.updates), "lost": self._lost, **self._exchange.figures}
             row |= self._privacy.figures(step.version)
-            is_last = step.version == self.config.run.aggregations
-            if is_last or step.version % self.config.run.evaluate_every == 0:
-                row[self._metric] = self.training.evaluate(weights)
+            if self._is_evaluated(step.version):
+                row |= self._evaluated(weights)
         self._lost = 0
         return row
+
+    def _is_evaluated(self, version: int) -> bool:
+        """Whether its row says how good it is."""
+        run = self.config.run
+        return version % run.evaluate_every == 0 or version == run.aggregations
+
+    def _evaluated(self, weights: Tensor) -> Row:
+        return {self._metric: self.training.evaluate(weights)}
 
     def _answers(self, requests: Mapping[int, bytes] | None) -> dict[int, bytes] | None:
         """What clients answer, at the first rank; None once nobody is asked any more."""

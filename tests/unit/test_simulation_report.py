@@ -177,6 +177,17 @@ def test_a_run_that_went_on(config: Path, tmp_path: Path) -> None:
     assert history.settings["run.aggregations"] == 8
 
 
+def test_a_run_that_time_ends_is_evaluated(config: Path, tmp_path: Path) -> None:
+    """Whatever ends it; nobody knows of an aggregation that it will be the last."""
+    run_job(config, ["run.aggregations=99", "run.until_s=6", "run.evaluate_every=98"], out=tmp_path)
+    run_job(config, ["run.aggregations=99", "run.until_s=6"], out=tmp_path / "often")
+    ended, often = read_histories([tmp_path, tmp_path / "often"])
+    assert [row["step"] for row in ended.rows] == [row["step"] for row in often.rows]
+    assert 1 < len(ended.rows) < 98
+    assert ended.last("accuracy") == often.last("accuracy")
+    assert ended.rows[-1]["virtual_s"] == often.rows[-1]["virtual_s"]
+
+
 def test_tensorboard_has_all_figures(runs: list[Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
