@@ -88,7 +88,7 @@ class Run:
         self.schedule = make_schedule(
             config.schedule,
             Traces(config.traces, config.clients.count, config.run.seed),
-            examples=[self._examples(size) for size in self.training.sizes],
+            examples=self.training.num_examples,
             down_bytes=4 * self.layout.numel,
             importance=self._importance(),
             seed=config.run.seed,
@@ -372,12 +372,6 @@ class Run:
         if self.config.clients.importance == "equal":
             return None
         return [float(max(size, 1)) for size in self.training.sizes]
-
-    def _examples(self, size: int) -> float:
-        local = self.config.local
-        if local.steps is not None:
-            return float(local.steps * local.batch_size)
-        return float(size * (local.epochs or 1))
 
     def _without_length(self) -> Config:
         """The settings that a run must go on with; how long it takes, and where, may change."""

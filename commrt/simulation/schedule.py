@@ -43,7 +43,8 @@ class Schedule(abc.ABC):
     Args:
         settings: Of the policy.
         traces: Of the clients.
-        examples: By client, on how many it trains in one piece of work, each epoch counted.
+        examples: By client, on how many it trains in one piece of work, each epoch counted; 0 for
+            one that has none.
         down_bytes: What a client loads before.
         importance: By client, positive: its share in the objective once they are made to add up to
             one. Default, equal ones.
@@ -70,8 +71,8 @@ class Schedule(abc.ABC):
         until_s: float,
     ) -> None:
         shares = [1.0] * traces.num_clients if importance is None else list(importance)
-        _require_positive("examples", examples, traces.num_clients)
-        _require_positive("importance", shares, traces.num_clients)
+        _require("examples", examples, traces.num_clients, least=0.0)
+        _require("importance", shares, traces.num_clients, least=math.ulp(0.0))
         if down_bytes < 0 or aggregations < 1 or not until_s > 0:
             raise ConfigError(
                 f"down_bytes is {down_bytes}, aggregations {aggregations} and until_s {until_s}: "
@@ -375,11 +376,12 @@ class Schedule(abc.ABC):
         self._steps = deque(map(from_state, state["steps"]))
 
 
-def _require_positive(name: str, values: Sequence[float], num_clients: int) -> None:
+def _require(name: str, values: Sequence[float], num_clients: int, *, least: float) -> None:
     if len(values) != num_clients:
         raise ConfigError(
             f"{name} has {len(values)} values: it must have one for each of {num_clients} clients"
         )
     for client, value in enumerate(values):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} of client {client} is {value}: it must be positive, finite")
+        if not least <= value < math.inf:
+            allowed = "positive, finite" if least else "at least 0 and finite"
+            raise ConfigError(f"{name} of client {client} is {value}: it must be {allowed}")

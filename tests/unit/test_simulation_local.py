@@ -257,6 +257,17 @@ def flat(lists):
     return [entry for some in lists for entry in some]
 
 
+@pytest.mark.parametrize(
+    "options", [{"epochs": 3}, *({"epochs": None, "steps": n} for n in (1, 7))]
+)
+def test_it_says_on_how_many_examples_a_client_trains(options):
+    """Small batches of small clients, and last ones of epochs, are not counted as whole ones."""
+    told = Batches(shares_of(SIZES), **{"batch_size": 16, "steps": None, "granule": 8} | options)
+    found = [len(flat(drawn(client, **options))) for client in range(len(SIZES))]
+    assert told.num_examples.tolist() == found
+    assert 0 in found
+
+
 @pytest.mark.parametrize("client", [1, 2, 3, 11])
 def test_an_epoch_has_every_example_once(client):
     steps = drawn(client, epochs=2)

@@ -158,6 +158,19 @@ def test_memory_may_be_another_when_a_run_goes_on(tmp_path: Path) -> None:
     assert torch.equal(again.weights, whole.weights)
 
 
+@pytest.mark.parametrize("policy", ["fedavg", *ASYNC])
+def test_clients_without_examples(policy: str) -> None:
+    """They take as long as their messages do, and add nothing."""
+    clients = {"count": 30, "partition": "quantity:alpha=0.05", "least": 0}
+    schedule = ASYNC.get(policy, {"cohort": 30})
+    run, rows = carried_out(
+        config(uplink=MEMORYLESS, clients=clients, schedule=schedule, traces={"latency_s": 0.1})
+    )
+    assert 0 in run.training.sizes
+    assert len(rows) == 6
+    assert rows[0]["virtual_s"] > 0.1
+
+
 def test_uplinks_that_need_rounds() -> None:
     with pytest.raises(ConfigError, match="must have memory=False"):
         Run(config(schedule=ASYNC["fedbuff"]), Ranks())
