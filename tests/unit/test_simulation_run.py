@@ -101,6 +101,15 @@ def test_what_a_run_does_not_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="of other settings"):
         Run(config(uplink="fp32"), Ranks()).resume(tmp_path)
     file = tmp_path / checkpoint.NAME
+    whole = file.read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2):  # weights
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(StateError, match="is damaged"):
+            run.resume(tmp_path)
+    torch.save({"step": 3}, file)
+    with pytest.raises(StateError, match="is no checkpoint"):
+        run.resume(tmp_path)
+    file.write_bytes(whole)
     for size in (10, file.stat().st_size // 2):
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(StateError, match="is damaged"):
