@@ -60,7 +60,9 @@ class _Rounds(Schedule):
         self._counts |= {"round": 0, "failed": 0}
 
     def _begin(self) -> None:
-        clients = [c for _ in range(self._policy.asked) if (c := self._draw()) is not None]
+        clients = list[int]()
+        while len(clients) < self._policy.asked and (client := self._draw()) is not None:
+            clients.append(client)
         if len(clients) < self._policy.least:
             self._idle.extend(clients)
             return

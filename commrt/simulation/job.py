@@ -53,6 +53,8 @@ def run_job(
         settings = Config.load(config, assignments)
         if out is None and (resume or tensorboard or settings.run.checkpoint_every):
             raise ConfigError("--out is not given: resuming, checkpoints and TensorBoard need it")
+        if out is not None and out.exists() and not out.is_dir():
+            raise ConfigError(f"--out is {out}: must be a folder, or nothing yet")
         if tensorboard:
             check_tensorboard()
         run = Run(settings, ranks)

@@ -360,7 +360,7 @@ class Run:
                 f"uplink: norm is {uplink.norm}: must be {noisy:.4g} at least, that of a clipped "
                 "update with its noise"
             )
-        uplink.step(policy.asked, self.layout.numel)
+        uplink.step(min(policy.asked, self.config.clients.count), self.layout.numel)
 
     def _store(self) -> StateStore:
         clients = self.config.clients

@@ -224,6 +224,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     ("name", "value"),
     [
         *(("compute_s", -1.0), ("compute_s", math.inf), ("jitter", math.nan), ("latency_s", -0.1)),
+        *(("compute_sigma", 1000.0), ("link_sigma", 1000.0), ("jitter", 10.1)),
         *(("up_bytes_per_s", 0.0), ("down_bytes_per_s", math.nan), ("straggler_share", 1.1)),
         *(("straggler_factor", 0.5), ("dropout", 1.0), ("off_s", 5.0), ("file_period_s", 5.0)),
     ],

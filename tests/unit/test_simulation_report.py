@@ -188,6 +188,11 @@ def test_a_run_that_time_ends_is_evaluated(config: Path, tmp_path: Path) -> None
     assert ended.rows[-1]["virtual_s"] == often.rows[-1]["virtual_s"]
 
 
+def test_out_is_a_folder(config: Path) -> None:
+    with pytest.raises(ConfigError, match="must be a folder, or nothing yet"):
+        run_job(config, out=config)
+
+
 def test_tensorboard_has_all_figures(runs: list[Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

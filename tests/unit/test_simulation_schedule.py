@@ -270,6 +270,15 @@ def test_over_selection_keeps_the_first_to_arrive(tmp_path: Path) -> None:
     assert steps[1] == Lost((0,), "late", 5.0)
 
 
+def test_of_more_than_there_are_all_are_asked(tmp_path: Path) -> None:
+    policy = FedAvg(cohort=2, over_selection=1e6)
+    plan = timed(tmp_path, policy, [1, 2, 3], aggregations=1)
+    assert run(plan)[0] == Start(0, (0, 1, 2), 0, 0.0)
+    assert [FedAvg(cohort=100, over_selection=f).asked for f in (1.1, 1.101, 1.105)] == [
+        *(110, 111, 111)
+    ]
+
+
 def test_a_round_with_too_few_is_given_up_and_another_drawn(tmp_path: Path) -> None:
     # Two of five are too slow: the round is good if neither is drawn.
     policy = FedAvg(cohort=3, least=3, deadline_s=5)
@@ -616,6 +625,7 @@ def test_a_state_of_another_run_is_refused(other: Callable[[], Schedule], says: 
     [
         ("fedavg", {"cohort": 0}, "cohort is 0"),
         ("fedavg", {"cohort": 3, "over_selection": 0.9}, "over_selection is 0.9"),
+        ("fedavg", {"cohort": 3, "over_selection": 1e300}, "over_selection is 1e[+]300"),
         ("fedavg", {"cohort": 3, "deadline_s": 0.0}, "deadline_s is 0.0"),
         ("fedavg", {"cohort": 3, "least": 4}, "least is 4: it must be from 1 to 3"),
         ("fedavg", {"cohort": 3, "sampling": "best"}, "sampling is best"),
