@@ -1,7 +1,6 @@
 """What simulated runs have told, read back from their folders."""
 
 import dataclasses
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -103,8 +102,10 @@ def _read(name: str, folder: Path) -> History:
         raise ConfigError(f"{folder} holds no run: there is no {METRICS} in it")
     try:
         lines = read_rows(path)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ConfigError(f"{path} is damaged: {error}") from error
+    if not all(isinstance(line, dict) and "kind" in line for line in lines):
+        raise ConfigError(f"{path} is damaged, or of something else: it has lines without a kind")
     settings = [line for line in lines if line["kind"] == "config"]
     if not settings or "schedule.policy" not in settings[-1]:
         raise ConfigError(f"{folder} holds no federated run: {METRICS} has no settings of one")

@@ -1,5 +1,6 @@
 """Runs side by side: real ones, small, as ``commrt federated`` leaves them."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -161,6 +162,18 @@ def test_plots_are_the_same_for_the_same_runs(runs: list[Path], page: str) -> No
     assert "#ffffff" not in svg
 
 
+def test_names_of_all_kinds_are_in_the_legend(runs: list[Path]) -> None:
+    """Matplotlib has ideas of its own of some."""
+    names = ["_first", r"$\none$ of it", "a$b$^c"]
+    histories = [
+        dataclasses.replace(history, name=name)
+        for name, history in zip(names, read_histories(runs), strict=True)
+    ]
+    parsed = Page(to_svg(histories))
+    assert set(names) <= set(parsed.texts)
+    assert {"limit of coding: joint", "limit of coding: independent"} <= set(parsed.texts)
+
+
 def test_a_picture(runs: list[Path]) -> None:
     report_runs(runs, runs[0].parent / "curves.png")
     assert (runs[0].parent / "curves.png").read_bytes().startswith(PNG)
@@ -233,9 +246,11 @@ def test_runs_that_cannot_be_compared_are_named(runs: list[Path], tmp_path: Path
         for row in rows:
             sink.write(row)
         sink.close()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "metrics.jsonl").write_text("{]\n")
-    names = ("none", "training", "begun", "damaged")
+    damaged = {"damaged": b"{]\n", "list": b"[1]\n", "kindless": b'{"x": 1}\n', "latin": b"\xff\n"}
+    for name, content in damaged.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_bytes(content)
+    names = ("none", "training", "begun", *damaged)
     with pytest.raises(ConfigError) as caught:
         report_runs([runs[0], *(tmp_path / name for name in names)])
     said = str(caught.value).splitlines()
