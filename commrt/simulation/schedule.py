@@ -35,6 +35,8 @@ from commrt.simulation.traces import Traces, uniform
 
 # After so many in a row without an aggregation something must be wrong with the settings.
 MOST_EVENTS = 1_000_000
+# The same of updates in a row that nobody can send: training diverges.
+MOST_FAILED = 1000
 
 
 class Schedule(abc.ABC):
@@ -89,7 +91,8 @@ class Schedule(abc.ABC):
         self._until_s = until_s
         self._clock = Clock()
         self._has_begun = False
-        self._counts = {"version": 0, "work": 0, "draw": 0, "start": 0, "uneventful": 0}
+        self._counts = {"version": 0, "work": 0, "draw": 0, "start": 0}
+        self._counts |= {"uneventful": 0, "failed in a row": 0}
         self._idle = list(range(traces.num_clients))
         self._flights = Flights(keep_models=self.mixes)
         self._asked: set[int] = set()
@@ -126,6 +129,7 @@ class Schedule(abc.ABC):
             StateError: It did not start, or this was said before.
         """
         flight = self._answer(client)
+        self._counts["failed in a row"] = 0
         finish = self._traces.resize(client, flight.finish, up_bytes)
         if finish.lost_s is None:
             self._clock.add(Event(finish.uploaded_s, client, "arrival", flight.work))
@@ -136,9 +140,14 @@ class Schedule(abc.ABC):
         """A client that started has no update to send, such as one that is not finite.
 
         Raises:
-            StateError: It did not start, or ``sent`` was called.
+            StateError: It did not start, or ``sent`` was called; or it is the thousandth in a row.
         """
         flight = self._answer(client)
+        if self._count("failed in a row") + 1 == MOST_FAILED:
+            raise StateError(
+                f"the last {MOST_FAILED} updates were none that could be sent, such as those that "
+                "are not finite: training diverges"
+            )
         self._clock.add(Event(flight.finish.uploaded_s, client, "failed", flight.work))
 
     @property
@@ -368,7 +377,7 @@ class Schedule(abc.ABC):
                 raise StateError(f"{name} of the state is {state.get(name)}: here it is {own}")
         self._clock.load_state_dict(state["clock"])
         self._has_begun = state["has_begun"]
-        self._counts = dict(state["counts"])
+        self._counts |= state["counts"]
         self._idle = list(state["idle"])
         self._flights.load_state_dict(state["at_work"])
         self._asked = set(state["asked"])

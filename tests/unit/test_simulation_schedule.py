@@ -577,6 +577,21 @@ def test_settings_that_lead_nowhere_end_in_an_error(monkeypatch: pytest.MonkeyPa
         run(rough(FedFix(interval_s=1), traces=config))
 
 
+def test_a_training_that_diverges_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rounds nothing else would end it; not where some clients fail, however often."""
+    monkeypatch.setattr(schedule, "MOST_FAILED", 40)
+    plan = rough(FedBuff(buffer=5, concurrency=10))
+
+    def carry_out(until: int, failing: Callable[[int], bool]) -> None:
+        while plan.version < until and (step := plan.next()):
+            for client in step.clients if isinstance(step, Start) else ():
+                plan.failed(client) if failing(client) else plan.sent(client, 9)
+
+    carry_out(30, lambda client: bool(client % 2))
+    with pytest.raises(StateError, match=r"40 updates .* training diverges"):
+        carry_out(40, lambda _: True)
+
+
 def test_thousands_of_clients() -> None:
     policy = FedBuff(buffer=200, concurrency=2000)
     plan = rough(policy, num_clients=5000, aggregations=40)
