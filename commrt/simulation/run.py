@@ -1,7 +1,7 @@
 """A simulated run: clients train, real payloads cross, the server decodes, on one rank or many.
 
 Every rank carries out the same schedule. A client belongs to one rank, which trains it and keeps
-what it remembers; payloads go to the first rank, which decodes, and what it decoded goes to all.
+what it remembers; a payload goes to the rank that decodes it, and the mean of all goes to all.
 """
 
 import copy
@@ -49,8 +49,8 @@ class Run:
         ConfigError: Settings that do not go together.
 
     Cost: on every rank the data, the models that somebody trains on, ``chunk`` clients' weights,
-    and 256 MB of updates; with an uplink that remembers, its memory for the rank's clients, up to
-    ``clients.state_mb``, and at the first rank what its server remembers.
+    and 256 MB of updates; with an uplink that remembers, what the rank's clients do, and what the
+    server does of those that are decoded here, up to ``clients.state_mb`` of either.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
