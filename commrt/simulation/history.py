@@ -46,9 +46,9 @@ class History:
         return (max if self.metric == "accuracy" else min)(found, default=math.nan)
 
     def mean(self, figure: str) -> float:
-        """Over the updates of all rows that have it; NaN if none has."""
-        clients, values = self.points("clients", figure)
-        return statistics.fmean(values, clients) if values else math.nan
+        """Over the updates of all rows in which it is finite; NaN if it is in none."""
+        found = [(v, c) for c, v in zip(*self.points("clients", figure), strict=True) if v == v]
+        return statistics.fmean(*zip(*found, strict=True)) if found else math.nan
 
     def total(self, figure: str) -> float:
         """Over all rows that have it; NaN if none has."""

@@ -223,10 +223,11 @@ def test_alignment_and_losses_that_are_not_finite(runs: list[Path], tmp_path: Pa
     sink.write(settings)
     for step, loss in enumerate((3.0, 2.0, 2.1, 1.0, math.nan), 1):
         row = {"kind": "round", "step": step, "wall_s": 1.0, "virtual_s": 1.0 * step, "clients": 2}
-        sink.write({**row, "loss": loss, "uplink_bytes": 10, "alignment": 0.9})
+        sink.write({**row, "loss": loss, "uplink_bytes": 10, "alignment": 0.9, "nmse": loss})
     sink.close()
     [line] = cells(report_runs([tmp_path], goal=2.0))
     assert (line["best"], line["alignment"]) == ("1.0000", "0.900")
+    assert line["NMSE"] == f"{(3 + 2 + 2.1 + 1) / 4:.3g}"  # of a zero update there is none
     assert (line["2 at"], line["after s"]) == ("4", "4.0")
     assert not {"bits", "loss"} & set(line)
 
