@@ -134,6 +134,12 @@ def read_clients(
             raise StateError(f"{path} is damaged: {error}") from error
 
 
+def remove(folder: Path) -> None:
+    """Remove the checkpoint of a folder, if there is one."""
+    (folder / NAME).unlink(missing_ok=True)
+    remove_others(folder, {})
+
+
 def remove_others(folder: Path, names: Mapping[str, int]) -> None:
     """Remove the files of clients that have other names: no checkpoint has them."""
     for path in _files_of_clients(folder):

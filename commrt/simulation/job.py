@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from commrt.errors import ConfigError, StateError
 from commrt.metrics import JsonLines, Row, Sink, TensorBoard, check_tensorboard
+from commrt.simulation import checkpoint
 from commrt.simulation.config import Config
 from commrt.simulation.run import Run
 from commrt.simulation.transport import Ranks, all_ranks
@@ -36,7 +37,8 @@ def run_job(
         config: A TOML file.
         assignments: ``"section.key=value"``, which replace what it says.
         out: Folder for ``metrics.jsonl``, ``model.pt``, checkpoints.
-        resume: Go on from the checkpoint there.
+        resume: Go on from the checkpoint there. Otherwise what is there is written anew, and a
+            checkpoint removed.
         tensorboard: Write an event file there as well.
 
     Returns:
@@ -124,6 +126,9 @@ def _reporting(run: Run, ranks: Ranks, out: Path | None, *, tensorboard: bool) -
     sinks = list[Sink]()
     done = run.schedule.version
     if out is not None:
+        if not done:
+            # Who went on from an earlier run's checkpoint would not have the rows up to it.
+            checkpoint.remove(out)
         sinks.append(JsonLines(out / METRICS, keep_to_step=done or None))
         if tensorboard:
             sinks.append(TensorBoard(out))

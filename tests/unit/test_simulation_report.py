@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from commrt.__main__ import main
-from commrt.errors import ConfigError
+from commrt.errors import ConfigError, StateError
 from commrt.metrics import JsonLines, read_rows
 from commrt.simulation.history import read_histories
 from commrt.simulation.job import run_job
@@ -199,6 +199,15 @@ def test_a_run_that_time_ends_is_evaluated(config: Path, tmp_path: Path) -> None
     assert 1 < len(ended.rows) < 98
     assert ended.last("accuracy") == often.last("accuracy")
     assert ended.rows[-1]["virtual_s"] == often.rows[-1]["virtual_s"]
+
+
+def test_a_run_that_begins_anew_leaves_nothing_to_go_on_from(config: Path, tmp_path: Path) -> None:
+    """Killed before its own first checkpoint, it must not go on from that of the run before."""
+    run_job(config, out=tmp_path)
+    run_job(config, ["run.aggregations=2"], out=tmp_path)
+    assert not list(tmp_path.glob("*.states"))
+    with pytest.raises(StateError, match="no checkpoint"):
+        run_job(config, out=tmp_path, resume=True)
 
 
 def test_out_is_a_folder(config: Path) -> None:
