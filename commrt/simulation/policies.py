@@ -165,6 +165,10 @@ class FedFix:
     interval), the paper's weights; with all T below the interval this is FedAvg. The weights of
     one aggregation add up to one in the mean only.
 
+    Nothing bounds a weight: a client of twenty that was away for 500 intervals counts 25 times the
+    mean of all when it is back, which no model survives. Where clients are away for long, take
+    FedBuff.
+
     Source: Fraboni, Vidal, Kameni and Lorenzi, "A General Theory for Federated Optimization with
     Asynchronous and Heterogeneous Clients Updates", JMLR 24, 2023.
 
