@@ -165,21 +165,24 @@ class FedFix:
     interval), the paper's weights; with all T below the interval this is FedAvg. The weights of
     one aggregation add up to one in the mean only.
 
-    Nothing bounds a weight: a client of twenty that was away for 500 intervals counts 25 times the
-    mean of all when it is back, which no model survives. Where clients are away for long, take
-    FedBuff.
+    So a client of twenty that was away for 500 intervals counts 25 times the mean of all when it is
+    back, which no model survives. Where clients are away for long, bound the gap by ``most_gap``:
+    who is away for longer then counts less than its importance.
 
     Source: Fraboni, Vidal, Kameni and Lorenzi, "A General Theory for Federated Optimization with
     Asynchronous and Heterogeneous Clients Updates", JMLR 24, 2023.
 
     Attributes:
         interval_s: From one aggregation to the next. An interval in which nothing came has none.
+        most_gap: Intervals that n - m counts at most; None for any number.
     """
 
     interval_s: float
+    most_gap: int | None = None
 
     def __post_init__(self) -> None:
         _require(self, "interval_s", 0 < self.interval_s < math.inf, "above 0 and finite")
+        _require(self, "most_gap", self.most_gap is None or self.most_gap >= 1, "at least 1")
 
 
 Policy = FedAvg | FedAsync | FedBuff | FedFix

@@ -442,6 +442,15 @@ def test_fedfix_counts_the_intervals_since_the_last_time(tmp_path: Path) -> None
     assert [u.version for u in made[5].updates] == [5, 5, 3]
 
 
+def test_fedfix_counts_no_more_intervals_than_it_is_told(tmp_path: Path) -> None:
+    policy = FedFix(interval_s=1, most_gap=2)
+    plan = timed(tmp_path, policy, [0.5, 3.5, 1.5], aggregations=4)
+    made = aggregates(run(plan, lambda client: 0))
+    third = 1 / 3
+    assert weights(made[1]) == {0: third, 2: 2 * third}
+    assert weights(made[3]) == {0: third, 1: 2 * third, 2: 2 * third}
+
+
 def test_fedfix_with_a_long_interval_is_fedavg_of_all(tmp_path: Path) -> None:
     fix = timed(tmp_path, FedFix(interval_s=8), [1, 2, 7], aggregations=4, importance=[1, 2, 5])
     avg = timed(tmp_path, FedAvg(cohort=3), [1, 2, 7], aggregations=4, importance=[1, 2, 5])
@@ -651,6 +660,7 @@ def test_a_state_of_another_run_is_refused(other: Callable[[], Schedule], says: 
         ("fedbuff", {"buffer": 1, "concurrency": 1, "staleness": "hinge:a=0"}, "a must be"),
         ("fedbuff", {"buffer": 1, "concurrency": 1, "staleness": "constant:a=1"}, "constant:a=1"),
         ("fedfix", {"interval_s": math.inf}, "interval_s is inf"),
+        ("fedfix", {"interval_s": 1.0, "most_gap": 0}, "most_gap is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, options: dict[str, Any], says: str) -> None:
