@@ -215,11 +215,15 @@ class _Spent:
         import dp_accounting as dp
 
         event: Any = dp.GaussianDpEvent(multiplier)
-        if sample is not None:
-            event = dp.SampledWithoutReplacementDpEvent(sample[1], sample[0], event)
-        accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-        accountant.compose(event)
-        return cls(accountant.orders, accountant.rdp)
+        events = [event]
+        if sample is not None:  # which tells no more; for large samples its bound is not as tight
+            events.append(dp.SampledWithoutReplacementDpEvent(sample[1], sample[0], event))
+        relation = dp.NeighboringRelation.REPLACE_ONE
+        accountants = [dp.rdp.RdpAccountant(neighboring_relation=relation) for _ in events]
+        for accountant, each in zip(accountants, events, strict=True):
+            accountant.compose(each)
+        divergences = np.minimum.reduce([accountant.rdp for accountant in accountants])
+        return cls(accountants[0].orders, divergences)
 
     def epsilon(self, times: int, delta: float) -> float:
         """After so many releases, each of which may depend on those before."""
