@@ -8,7 +8,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-import commrt
 from commrt.errors import ConfigError, StateError
 from commrt.federated import Layout
 
@@ -26,8 +25,10 @@ class Optimizer(Protocol):
         """Go on from :meth:`state_dict`."""
 
 
+# Optimizers of torch import its compiler when they are made, those of commrt DTensor when they are
+# imported: seconds of every rank, for nothing where the mean is just added.
 class _PlainSgd:
-    """Remembers nothing. To make that of torch imports its compiler, which takes seconds."""
+    """SGD without momentum."""
 
     def __init__(self, params: list[nn.Parameter], lr: float) -> None:
         self._params, self._lr = params, lr
@@ -52,18 +53,27 @@ def _sgd(params: list[nn.Parameter], config: "ServerConfig") -> Optimizer:
     return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum)
 
 
+def _adam_mini(params: list[nn.Parameter], config: "ServerConfig") -> Optimizer:
+    from commrt.optim import AdamMini
+
+    betas = config.momentum, config.beta2
+    return AdamMini(params, config.lr, betas, eps=config.eps, weight_decay=0.0)
+
+
+def _lion(params: list[nn.Parameter], config: "ServerConfig") -> Optimizer:
+    from commrt.optim import Lion
+
+    return Lion(params, config.lr, (config.momentum, config.beta2), weight_decay=0.0)
+
+
 Make = Callable[[list[nn.Parameter], "ServerConfig"], Optimizer]
 
 _OPTIMIZERS: dict[str, Make] = {
     "sgd": _sgd,
     "adagrad": lambda params, c: torch.optim.Adagrad(params, lr=c.lr, eps=c.eps),
     "adam": lambda params, c: torch.optim.Adam(params, c.lr, (c.momentum, c.beta2), eps=c.eps),
-    "adam-mini": lambda params, c: commrt.optim.AdamMini(
-        params, c.lr, (c.momentum, c.beta2), eps=c.eps, weight_decay=0.0
-    ),
-    "lion": lambda params, c: commrt.optim.Lion(
-        params, c.lr, (c.momentum, c.beta2), weight_decay=0.0
-    ),
+    "adam-mini": _adam_mini,
+    "lion": _lion,
 }
 
 
