@@ -120,17 +120,19 @@ class Rounds(Exchange):
         for update in step.updates:
             if self.home(update.client) == self._ranks.rank:
                 self._server.receive(update.client, self._payloads.pop(update.client))
-        if self._server.is_shared:
-            return self._finish(0)
+        is_here = self._server.is_shared or self._ranks.is_root
         asked = set[int]()
-        while (
-            found := answers(self._server.requests() if self._ranks.is_root else None)
-        ) is not None:
-            asked |= found.keys()
+        while True:
+            requests = self._server.requests() if is_here else {}
+            asked |= requests.keys()
+            found = answers(requests if self._ranks.is_root else None)
+            if found is None:
+                break
             for client, payload in found.items():
                 self._server.receive(client, payload)
-        mean = self._finish(len(asked)) if self._ranks.is_root else torch.empty(self._layout.numel)
-        self._ranks.broadcast_(mean)
+        mean = self._finish(len(asked)) if is_here else torch.empty(self._layout.numel)
+        if not self._server.is_shared:
+            self._ranks.broadcast_(mean)
         return mean
 
     def _finish(self, asked: int) -> Tensor:
