@@ -119,7 +119,9 @@ BLOCK = 256
 # Three groups of 5, 4 and 2 blocks, and what does not fill one.
 JOINT = Layout({"0": (5 * BLOCK + 77,), "1": (300,), "2": (3 * BLOCK,), "3": (2 * BLOCK + 40,)})
 JOINTLY = f"mbtc:nmse=0.02,block={BLOCK},least_gain=0"
-ROUNDS = 4
+ROUNDS = 3
+# Has less in common with the others than it had, so that its blocks fail.
+ODD = 0
 
 
 class Seen(NamedTuple):
@@ -150,7 +152,8 @@ class Cohort:
         draws = torch.randn(self.count + 1, JOINT.numel, generator=generator)
         for client in who:
             if client in self.clients:
-                update = math.sqrt(0.99) * draws[-1] + 0.1 * draws[client]
+                own = 0.1 if client != ODD or index == 0 else 0.3
+                update = math.sqrt(1 - own**2) * draws[-1] + own * draws[client]
                 payload = self.clients[client].encode(index, update, told[client], self.mean)
                 self.take(client, payload)
 
@@ -166,10 +169,10 @@ class Cohort:
         self.server.receive(client, payload)
 
     def round(self, index: int, asks: int) -> None:
-        """The last one sends behind the first request, the first never answers in round 2."""
+        """The last one sends behind the first request, the odd one never answers in round 2."""
         told = self.server.begin(index, range(self.count))
         self.send(index, told, range(self.count - 1))
-        silent = (0,) if index == 2 else ()
+        silent = (ODD,) if index == 2 else ()
         if asks:
             self.ask(silent)
         self.send(index, told, [self.count - 1])
@@ -181,11 +184,8 @@ class Cohort:
 
 
 def joint_rounds(spec: str, count: int, asks: int, peers: Peers) -> Seen:
-    """Rounds in which clients are told to send too little, so that blocks fail."""
     cohort = Cohort(spec, count, peers)
     for index in range(ROUNDS):
-        for record in getattr(cohort.server, "_cosets")._records:  # noqa: B009
-            record.margin = -0.5
         cohort.round(index, asks)
     return cohort.seen
 
@@ -217,26 +217,31 @@ def assert_same(alone: Seen, shared: Sequence[Seen]) -> None:
     assert plain(one) == plain(other)
 
 
-@pytest.mark.parametrize("asks", [30, 1, 0])
-@pytest.mark.parametrize("more", ["", ",joint=modulo", ",combine=lmmse,memory=False"])
+@pytest.mark.parametrize(
+    ("more", "asks"),
+    [("", 8), ("", 0), (",joint=modulo", 2), (",joint=modulo,combine=lmmse", 2)],
+)
 def test_blocks_are_decoded_jointly_by_any_number_of_peers(more: str, asks: int) -> None:
     """Also where they fail, with and without requests."""
-    [alone] = at_all(1, lambda peers: joint_rounds(JOINTLY + more, 9, asks, peers))
+    [alone] = at_all(1, lambda peers: joint_rounds(JOINTLY + more, 7, asks, peers))
     reports = [each.report for each in alone.aggregates]
-    assert [each["joint_groups"] for each in reports] == [0.0, 3.0, 3.0, 3.0]
+    assert [each["joint_groups"] for each in reports] == [0.0, 3.0, 3.0]
     assert sum(each["missing_blocks"] for each in reports) > 0
     assert any(alone.requests) == (asks > 0)
+    assert any(each.get("alignment", 1.0) < 1.0 for each in reports) == ("lmmse" in more)
+    records = alone.server.state_dict()["cosets"]["records"]
+    assert any(each["margin"] > 0 for each in records)  # since blocks failed
     for size in (2, 3, 4):
-        shared = at_all(size, lambda peers: joint_rounds(JOINTLY + more, 9, asks, peers))
+        shared = at_all(size, lambda peers: joint_rounds(JOINTLY + more, 7, asks, peers))
         assert_same(alone, shared)
 
 
-@pytest.mark.parametrize(("count", "size"), [(3, 4), (9, 13)])
+@pytest.mark.parametrize(("count", "size"), [(3, 4), (5, 13)])
 def test_peers_without_clients_or_blocks(count: int, size: int) -> None:
     """There are 11 blocks."""
-    [alone] = at_all(1, lambda peers: joint_rounds(JOINTLY, count, 30, peers))
+    [alone] = at_all(1, lambda peers: joint_rounds(JOINTLY, count, 3, peers))
     assert alone.aggregates[-1].report["joint_groups"] > 0
-    assert_same(alone, at_all(size, lambda peers: joint_rounds(JOINTLY, count, 30, peers)))
+    assert_same(alone, at_all(size, lambda peers: joint_rounds(JOINTLY, count, 3, peers)))
 
 
 def test_each_peer_has_some_of_the_blocks() -> None:
