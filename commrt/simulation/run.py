@@ -1,7 +1,7 @@
 """A simulated run: clients train, real payloads cross, the server decodes, on one rank or many.
 
 Every rank carries out the same schedule. A client belongs to one rank, which trains it and keeps
-what it remembers; payloads go to the first rank, which decodes, and what it decoded goes to all.
+what it remembers; payloads go to the rank that decodes them, and the mean of all goes to each.
 """
 
 import copy
@@ -49,8 +49,8 @@ class Run:
         ConfigError: Settings that do not go together.
 
     Cost: on every rank the data, the models that somebody trains on, ``chunk`` clients' weights,
-    and 256 MB of updates; with an uplink that remembers, its memory for the rank's clients, up to
-    ``clients.state_mb``, and at the first rank what its server remembers.
+    and 256 MB of updates; with an uplink that remembers, its memory for the rank's clients and the
+    server's for those that it decodes, up to ``clients.state_mb`` of either.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -262,7 +262,7 @@ class Run:
         return row
 
     def _answers(self, requests: Mapping[int, bytes] | None) -> dict[int, bytes] | None:
-        """What clients answer, at the first rank; None once nobody is asked any more."""
+        """What clients answer, where it is decoded; None once nobody is asked any more."""
         asked = self._ranks.broadcast(requests)
         if not asked:
             return None

@@ -17,7 +17,12 @@ from commrt.federated.mean import ExactMean
 from commrt.federated.peers import ALONE, Peers
 
 LAYOUT = Layout({"0.weight": (40, 50), "0.bias": (40,), "1.weight": (10, 60)})
-SPECS = ("mbtc:nmse=0.3", "mbtc:bits=1.0,memory=False,joint=off", "topk:share=0.1", "fp32")
+SPECS = (
+    "mbtc:nmse=0.3,block=256",
+    "mbtc:bits=1.0,memory=False,joint=off",
+    "topk:share=0.1",
+    "fp32",
+)
 T = TypeVar("T")
 
 

@@ -46,8 +46,11 @@ def gathered(peers: Peers, ended: Sequence[Ended]) -> list[Ended]:
     """
     if peers.size == 1:
         return list(ended)
-    parts = gather(peers, b"".join(itertools.chain.from_iterable(map(_packed, ended))))
-    return sorted(itertools.chain.from_iterable(map(_unpacked, parts)), key=lambda e: e.client)
+    if peers.rank:
+        gather(peers, b"".join(itertools.chain.from_iterable(map(_packed, ended))))
+        return []
+    others = itertools.chain.from_iterable(map(_unpacked, gather(peers, b"")))
+    return sorted([*ended, *others], key=lambda each: each.client)
 
 
 def _packed(each: Ended) -> Iterator[bytes]:

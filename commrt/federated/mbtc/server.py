@@ -51,9 +51,9 @@ class MbtcServer(RoundServer):
 
     Cost: histories, and in a round with no joint decoding the payloads; what is decoded of them is
     kept to the round's end up to 256 MB, and beyond decoded twice. With joint decoding all of it is
-    kept, about 10 bytes a weight of each update. Between peers go the sum, 8 bytes a weight; of
+    kept, about 10 bytes a weight of each update. Between peers goes the sum, 8 bytes a weight; of
     cohorts of up to 64 clients 4 bytes a weight and client to the first one, which learns from
-    them, and with ``combine="lmmse"`` 4 more, and the mean back.
+    them and has them until the end; with ``combine="lmmse"`` 4 more, and the mean back.
     """
 
     def __init__(self, codec: "Mbtc", layout: Layout, seed: int, peers: Peers = ALONE) -> None:
@@ -99,12 +99,7 @@ class MbtcServer(RoundServer):
         told, plan, frames = dict[int, Parameters](), None, None
         if self._peers.rank == 0:
             told, plan = self._plan(running, budgets, has_previous=known is not None)
-            frames = {
-                client: seal(
-                    Kind.PARAMETERS, running.index, each.pack(), self._context(running, client)
-                )
-                for client, each in told.items()
-            }
+            frames = self._sealed(running, told)
         frames = self._peers.broadcast(frames)
         if self._peers.rank:
             told = self._read_told(running, frames)
@@ -260,6 +255,14 @@ class MbtcServer(RoundServer):
 
     def _context(self, running: Round, client: int, *known: int) -> bytes:
         return coding.context(self._codec, self._layout, self._seed, running.index, client, *known)
+
+    def _sealed(self, running: Round, told: Mapping[int, Parameters]) -> dict[int, bytes]:
+        return {
+            client: seal(
+                Kind.PARAMETERS, running.index, each.pack(), self._context(running, client)
+            )
+            for client, each in told.items()
+        }
 
     def _read_told(self, running: Round, frames: Mapping[int, bytes]) -> dict[int, Parameters]:
         """What clients are told: those at home here, or all that may be decoded jointly."""

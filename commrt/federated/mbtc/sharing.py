@@ -64,8 +64,8 @@ def divided(counts: Mapping[int, int], size: int) -> list[dict[int, range]]:
 class JointDecoding:
     """A round's joint decoding.
 
-    Peers: all call :meth:`decode`, :meth:`missing` and :meth:`close` together, and the others each
-    for the clients that it is home to.
+    Peers: all call :meth:`decode`, :meth:`all_frames`, :meth:`missing` and :meth:`close` together,
+    and the rest each one for the clients that it is home to.
 
     Args:
         layout: Of the updates.
