@@ -53,8 +53,12 @@ def gathered(peers: Peers, ended: Sequence[Ended]) -> list[Ended]:
     return sorted([*ended, *others], key=lambda each: each.client)
 
 
-def _packed(each: Ended) -> Iterator[bytes]:
-    coded, flats = each.coded, (_bytes(each.residual), _bytes(each.predicted))
+def _packed(each: Ended) -> Iterator[bytes | memoryview]:
+    coded = each.coded
+    flats = [
+        b"" if flat is None else flat.numpy().data.cast("B")
+        for flat in (each.residual, each.predicted)
+    ]
     yield struct.pack(
         _FORM,
         each.client,
@@ -80,10 +84,6 @@ def _unpacked(part: bytes) -> Iterator[Ended]:
         alone = reader.unpack(f"{num_alone}d")
         coded = Coded(noise, bits, Energy(update, left), is_chosen)
         yield Ended(client, coded, tag, missing, residual, predicted, alone)
-
-
-def _bytes(flat: Tensor | None) -> bytes:
-    return b"" if flat is None else flat.numpy().tobytes()
 
 
 def _tensor(data: bytes) -> Tensor | None:

@@ -96,7 +96,7 @@ class JointDecoding:
         self.counts = torch.zeros(len(layout.groups), 3, dtype=torch.int64)
         self._begun = set[int]()
         self._homes: dict[int, int] = {}
-        self._pieces: list[list[bytes]] = [[] for _ in self._parts]
+        self._pieces: list[list[bytes | memoryview]] = [[] for _ in self._parts]
         self._answers: list[list[bytes]] = [[] for _ in self._parts]
         self._lacking: dict[int, list[Wanted]] = {}
 
@@ -199,7 +199,7 @@ class JointDecoding:
                     continue
                 head = struct.pack("<qqddQ", place, group, piece.step, piece.noise, piece.seed)
                 section = b"" if piece.blocks is None else piece.blocks.section()
-                self._pieces[rank] += (head, piece.flat.numpy().tobytes(), section)
+                self._pieces[rank] += (head, piece.flat.numpy().data, section)
 
     def _exchange(self) -> None:
         """Send what others are to decode and what was answered, and take what they send."""
