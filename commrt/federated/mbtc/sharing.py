@@ -80,7 +80,7 @@ class JointDecoding:
     Cost: of K updates with N weights in blocks, each of P peers has 4 K N / P bytes of residuals,
     and of the updates that it is not home to 6 bytes a weight of its blocks. To it come, once, 4
     bytes of each of these weights and their cosets, and 2 go back of each that was not coded alone:
-    in all ``(P - 1) / P`` of 6 K N bytes. While they are on their way they are there three times.
+    in all ``(P - 1) / P`` of 6 K N bytes. On their way, either end has up to two copies of them.
     """
 
     def __init__(self, layout: Layout, block: int, peers: Peers, plan: Plan) -> None:
