@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 
 #include "cuda/ops.h"
+#include "groups.h"
 
 namespace commrt {
 
@@ -22,9 +23,14 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+struct GroupsArg : Groups {
+  GroupsArg(Address ends, int count) : Groups{at<const std::int64_t>(ends), count} {}
+};
+
 void bind_dither(nanobind::module_& m);
 void bind_rans(nanobind::module_& m);
 void bind_polar(nanobind::module_& m);
 void bind_sources(nanobind::module_& m);
+void bind_updates(nanobind::module_& m);
 
 }  // namespace commrt

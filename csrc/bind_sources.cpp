@@ -17,10 +17,6 @@ struct SourceArg : Source {
       : Source{at<const void>(values), static_cast<DType>(dtype)} {}
 };
 
-struct GroupsArg : Groups {
-  GroupsArg(Address ends, int count) : Groups{at<const std::int64_t>(ends), count} {}
-};
-
 template <typename Args>
 void spread_tiles(void (*kernel)(const Args&, Index, Index), const Args& args,
                   ThreadCount threads) {

@@ -353,6 +353,7 @@ NB_MODULE(_C, m) {
   bind_rans(m);
   bind_polar(m);
   bind_sources(m);
+  bind_updates(m);
 
   m.def("available_isas", &available_isas);
   m.def("select_isa", &select_isa);

@@ -65,4 +65,14 @@ struct SourceHistoryArgs {
   std::int64_t numel;
 };
 
+// A unit is a tile. Updates lie `stride` elements apart.
+struct UpdateAddArgs {
+  const float* updates;
+  std::int64_t stride;
+  const double* factors;
+  std::int64_t count;
+  double* total;
+  std::int64_t numel;
+};
+
 }  // namespace commrt

@@ -10,6 +10,8 @@ from torch import Tensor
 from commrt import ops
 from commrt.ops import BlockFormat
 
+_PLAIN = frozenset((int, str))
+
 
 class Window(NamedTuple):
     """Blocks ``[first_block, first_block + num_blocks)`` of a tensor, ``at_block`` of a payload."""
@@ -21,9 +23,15 @@ class Window(NamedTuple):
 
 def derive_seed(*parts: int | str) -> int:
     """A seed in [0, 2**63) for stochastic rounding, the same for the same parts on any machine."""
-    plain = tuple(part if isinstance(part, str) else operator.index(part) for part in parts)
-    digest = hashlib.blake2b(repr(plain).encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(told(parts), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
+
+
+def told(parts: tuple[int | str, ...]) -> bytes:
+    """Numbers, of any kind that is whole, and words: the same bytes for the same ones."""
+    if not _PLAIN.issuperset(map(type, parts)):
+        parts = tuple(part if isinstance(part, str) else operator.index(part) for part in parts)
+    return repr(parts).encode()
 
 
 class Codec(abc.ABC):

@@ -14,6 +14,7 @@ no slots in its row. Varints have the lowest seven bits first, and zigzag is 2 n
 """
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -37,7 +38,9 @@ __all__ = [
     "code_length",
     "count_codes",
     "decode_codes",
+    "decode_vectors",
     "encode_codes",
+    "encode_vectors",
     "entropy_tables",
     "fit_rows",
     "read_streams",
@@ -67,17 +70,24 @@ def encode_codes(codes: Tensor, rows: Tensor) -> bytes:
     From 2**18 codes on, instead of the three bytes, fifteen for every 2**18.
     """
     _check_rows(rows)
+    [payload] = encode_vectors(codes[None], rows[None])
+    return payload
+
+
+def encode_vectors(codes: Tensor, rows: Tensor) -> list[bytes]:
+    """The payload of each of K vectors: :func:`encode_codes` of int16 [K, N], in less time."""
     if codes.dtype != torch.int16 or codes.shape != rows.shape or codes.device != rows.device:
         raise ConfigError(
-            f"codes is {codes.dtype} {tuple(codes.shape)} on {codes.device}: "
-            f"must be int16 {tuple(rows.shape)} on {rows.device}"
+            f"codes is {codes.dtype} {tuple(codes.shape[1:])} on {codes.device}: "
+            f"must be int16 {tuple(rows.shape[1:])} on {rows.device}"
         )
     codes, rows = codes.contiguous(), rows.contiguous()
     escaped, checks = torch.empty_like(codes), checksums(codes)
     counts = torch.empty_like(checks, dtype=torch.int32)
     table = entropy_tables(codes.device)
     streams = _write(codes, rows, table, checks, escaped=escaped, num_escaped=counts)
-    return streams + _escaped_bytes(escaped, counts.tolist())
+    tails = _escaped_bytes(escaped, counts.tolist())
+    return [stream + tail for stream, tail in zip(streams, tails, strict=True)]
 
 
 def decode_codes(payload: bytes, rows: Tensor, numel: int) -> Tensor:
@@ -101,16 +111,23 @@ def decode_codes(payload: bytes, rows: Tensor, numel: int) -> Tensor:
     _check_rows(rows)
     if rows.numel() != numel:
         raise ConfigError(f"rows has {rows.numel()} elements: must have numel={numel}")
-    rows, data = rows.contiguous(), np.frombuffer(payload, dtype=np.uint8)
+    return decode_vectors([payload], rows[None])[0]
+
+
+def decode_vectors(payloads: Sequence[bytes], rows: Tensor) -> Tensor:
+    """The codes of K payloads: :func:`decode_codes` for rows, int16 [K, N], in less time."""
+    rows = rows.contiguous()
+    data = [np.frombuffer(payload, dtype=np.uint8) for payload in payloads]
     try:
-        codes, checks, num_bytes = read_streams(data, rows, entropy_tables(rows.device))
+        codes, checks, num_bytes = _read(data, rows, entropy_tables(rows.device))
     except WireFormatError:
         _check_inside(rows, NUM_ROWS)
         raise
     found = codes.cpu()
-    _fill_escaped(found, rows, data[num_bytes:])
+    lefts = [each[begin:] for each, begin in zip(data, num_bytes, strict=True)]
+    _fill_vectors(found, rows, lefts)
     if checks.tolist() != _checksums(found):
-        raise WireFormatError(f"a checksum of {numel} codes is not theirs")
+        raise WireFormatError(f"a checksum of {rows.shape[1]} codes is not theirs")
     return found.to(codes.device)
 
 
@@ -123,7 +140,8 @@ def write_streams(codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor) ->
         table: uint16 [R, 64], as :mod:`commrt.ops.rans` describes it.
         checks: uint16 [S], what goes with each segment, such as :func:`checksums`.
     """
-    return _write(codes, rows, table, checks)
+    [streams] = _write(codes[None], rows[None], table, checks)
+    return streams
 
 
 def read_streams(
@@ -137,21 +155,12 @@ def read_streams(
     Raises:
         WireFormatError: No N codes of these rows begin so.
     """
-    numel, lanes = rows.numel(), _num_lanes(rows.numel())
-    lengths, begin = _read_lengths(data, numel, lanes)
-    codes = torch.empty_like(rows)
-    words = _read_words(data, begin, lengths).to(rows.device)
-    most = torch.from_numpy(np.array(lengths, dtype=np.int32)).to(rows.device)
-    checks, used = torch.empty_like(most, dtype=torch.uint16), torch.empty_like(most)
-    ops.rans_decode(words, most, rows, table, codes, checks, used, lanes=lanes)
-    taken = used.tolist()
-    if taken[:-1] != lengths[:-1] or min(taken, default=0) < 0:
-        raise WireFormatError(f"a stream of {numel} codes is damaged")
-    return codes, checks, begin + WORD_BYTES * sum(taken)
+    [codes], checks, [num_bytes] = _read([data], rows[None], table)
+    return codes, checks, num_bytes
 
 
 def checksums(codes: Tensor) -> Tensor:
-    """Of each segment of int16 [N], contiguous: uint16 [S]."""
+    """Of each segment of int16 [N] or [K, N], contiguous: uint16 [S]."""
     sums = np.array(_checksums(codes.cpu()), dtype=np.uint16)
     return torch.from_numpy(sums).to(codes.device)
 
@@ -188,16 +197,22 @@ def _check_inside(rows: Tensor, num_rows: int) -> None:
 
 
 def _checksums(codes: Tensor) -> list[int]:
-    parts = codes.numpy().astype("<i2", copy=False)
-    begins = range(0, parts.size, RANS_SEGMENT)
-    return [zlib.crc32(parts[begin : begin + RANS_SEGMENT].data) & 0xFFFF for begin in begins]
+    vectors = (codes[None] if codes.dim() == 1 else codes).numpy().astype("<i2", copy=False)
+    begins = range(0, codes.shape[-1], RANS_SEGMENT)
+    return [
+        zlib.crc32(vector[begin : begin + RANS_SEGMENT].data) & 0xFFFF
+        for vector in vectors
+        for begin in begins
+    ]
 
 
-def _write(codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor, **escapes: Tensor) -> bytes:
-    """As :func:`write_streams`; ``escapes`` are those of :func:`commrt.ops.rans_encode`."""
-    lanes = _num_lanes(codes.numel())
-    most = ops.rans_capacity(codes.numel(), lanes)
-    words = codes.new_empty(checks.numel(), most, dtype=torch.uint16)
+def _write(
+    codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor, **escapes: Tensor
+) -> list[bytes]:
+    """As :func:`write_streams`, of vectors; ``escapes``: see :func:`commrt.ops.rans_encode`."""
+    count, numel = codes.shape
+    lanes = _num_lanes(numel)
+    words = codes.new_empty(checks.numel(), ops.rans_capacity(numel, lanes), dtype=torch.uint16)
     lengths = codes.new_empty(checks.numel(), dtype=torch.int32)
     ops.rans_encode(codes, rows, table, checks, words, lengths, lanes=lanes, **escapes)
     used = lengths.tolist()
@@ -206,16 +221,31 @@ def _write(codes: Tensor, rows: Tensor, table: Tensor, checks: Tensor, **escapes
         raise AssertionError("a code has no slots in its row")
     streams = words.cpu().numpy().astype("<u2", copy=False)
     parts = [stream[:length].tobytes() for stream, length in zip(streams, used, strict=True)]
-    return b"".join([_varints(np.array(used[:-1], dtype=np.int64)), *parts])
+    segments = ops.rans_segments(numel)
+    if segments == 1:
+        return parts
+    found = list[bytes]()
+    for k in range(count):
+        own = slice(k * segments, (k + 1) * segments)
+        told, _ = _varints(np.array(used[own][:-1], dtype=np.int64))
+        found.append(b"".join((told.tobytes(), *parts[own])))
+    return found
 
 
-def _escaped_bytes(escaped: Tensor, counts: list[int]) -> bytes:
-    """Of each segment so many codes, which lie from its first place on."""
+def _escaped_bytes(escaped: Tensor, counts: list[int]) -> list[bytes]:
+    """Of each vector; of each segment so many codes, which lie from its first place on."""
     if not any(counts):
-        return b""
-    begins = range(0, escaped.numel(), RANS_SEGMENT)
-    parts = [escaped[begin : begin + count] for begin, count in zip(begins, counts, strict=True)]
-    return _varints(_zigzag(torch.cat(parts).cpu().numpy().astype(np.int64)))
+        return [b""] * len(escaped)
+    segments = len(counts) // len(escaped)
+    parts = [
+        escaped[which // segments, which % segments * RANS_SEGMENT :][:count]
+        for which, count in enumerate(counts)
+        if count
+    ]
+    data, sizes = _varints(_zigzag(torch.cat(parts).cpu().numpy().astype(np.int64)))
+    ends = np.cumsum(np.array(counts).reshape(-1, segments).sum(axis=1))
+    ends = np.concatenate([[0], np.cumsum(sizes)])[ends]
+    return [part.tobytes() for part in np.split(data, ends[:-1])]
 
 
 def _symbols(codes: Tensor) -> Tensor:
@@ -233,6 +263,31 @@ def _are_escaped(codes: Tensor, rows: Tensor) -> Tensor:
 # -- what surrounds the streams -------------------------------------------------------------------
 
 
+def _read(
+    data: Sequence[NDArray[np.uint8]], rows: Tensor, table: Tensor
+) -> tuple[Tensor, Tensor, list[int]]:
+    """As :func:`read_streams`, of vectors."""
+    numel = rows.shape[1]
+    lanes, segments = _num_lanes(numel), ops.rans_segments(numel)
+    begins, lengths = list[int](), list[int]()
+    for each in data:
+        told, begin = _read_lengths(each, numel, lanes)
+        begins.append(begin)
+        lengths += told
+    words = _read_words(data, begins, lengths).to(rows.device)
+    most = torch.tensor(lengths, dtype=torch.int32, device=rows.device)
+    codes = torch.empty_like(rows)
+    checks, used = torch.empty_like(most, dtype=torch.uint16), torch.empty_like(most)
+    ops.rans_decode(words, most, rows, table, codes, checks, used, lanes=lanes)
+    taken, num_bytes = used.tolist(), list[int]()
+    for k, begin in enumerate(begins):
+        own = slice(k * segments, (k + 1) * segments)
+        if taken[own][:-1] != lengths[own][:-1] or min(taken[own], default=0) < 0:
+            raise WireFormatError(f"a stream of {numel} codes is damaged")
+        num_bytes.append(begin + WORD_BYTES * sum(taken[own]))
+    return codes, checks, num_bytes
+
+
 def _read_lengths(data: NDArray[np.uint8], numel: int, lanes: int) -> tuple[list[int], int]:
     """Words of each segment, of the last one no fewer than it has, and where the first begin."""
     segments, most = ops.rans_segments(numel), ops.rans_capacity(numel, lanes)
@@ -248,21 +303,34 @@ def _read_lengths(data: NDArray[np.uint8], numel: int, lanes: int) -> tuple[list
     return [*told.tolist(), min(left, most)], begin
 
 
-def _read_words(data: NDArray[np.uint8], begin: int, lengths: list[int]) -> Tensor:
-    """uint16 [S, W], the words of each segment and zeros."""
+def _read_words(
+    data: Sequence[NDArray[np.uint8]], begins: Sequence[int], lengths: Sequence[int]
+) -> Tensor:
+    """uint16 [S, W], the words of each segment of all vectors, and zeros."""
     sizes = [WORD_BYTES * length for length in lengths]
     streams = np.zeros((len(sizes), max(sizes, default=0)), dtype=np.uint8)
-    for stream, size in zip(streams, sizes, strict=True):
-        stream[:size] = data[begin : begin + size]
-        begin += size
+    segments = len(sizes) // max(1, len(data))
+    for k, (each, begin) in enumerate(zip(data, begins, strict=True)):
+        for segment in range(k * segments, (k + 1) * segments):
+            streams[segment, : sizes[segment]] = each[begin : begin + sizes[segment]]
+            begin += sizes[segment]
     return torch.from_numpy(streams.view("<u2").astype(np.uint16, copy=False))
+
+
+def _fill_vectors(codes: Tensor, rows: Tensor, data: Sequence[NDArray[np.uint8]]) -> None:
+    """:func:`_fill_escaped` of each vector; of all in one where each has as many as it must."""
+    counts = (codes == ESCAPED).sum(dim=1).tolist()
+    told = [int((each < 0x80).sum()) for each in data]
+    if counts == told and all(each.size == 0 or each[-1] < 0x80 for each in data):
+        _fill_escaped(codes.view(-1), rows.view(-1), np.concatenate(data))
+        return
+    for code, row, each in zip(codes, rows, data, strict=True):
+        _fill_escaped(code, row, each)
 
 
 def _fill_escaped(codes: Tensor, rows: Tensor, data: NDArray[np.uint8]) -> None:
     """Put into ``codes``, on the CPU, those that escaped: ``data`` must have them and no more."""
     values = codes.numpy()
-    if not data.size and values.min(initial=0) > ESCAPED:
-        return
     where = np.flatnonzero(values == ESCAPED)
     zigzag, num_bytes = _read_varints(data, where.size)
     if num_bytes != data.size:
@@ -281,15 +349,15 @@ def _zigzag(codes: Integers) -> Integers:
     return codes << 1 ^ codes >> 63
 
 
-def _varints(values: Integers) -> bytes:
-    """Seven bits a byte, the lowest first; the highest bit says that more follow."""
-    if values.size == 0:
-        return b""
+def _varints(values: Integers) -> tuple[NDArray[np.uint8], Integers]:
+    """Seven bits a byte, the lowest first, of which the highest bit says that more follow.
+
+    All that the values take, and how many bytes each of them does.
+    """
     sevens = values[:, None] >> 7 * np.arange(MOST_VARINT_BYTES)
     is_there = (sevens > 0) | (np.arange(MOST_VARINT_BYTES) == 0)
     more = (sevens >> 7 > 0) << 7
-    data: bytes = (sevens & 0x7F | more)[is_there].astype(np.uint8).tobytes()
-    return data
+    return (sevens & 0x7F | more)[is_there].astype(np.uint8), is_there.sum(axis=1)
 
 
 def _read_varints(data: NDArray[np.uint8], count: int) -> tuple[Integers, int]:

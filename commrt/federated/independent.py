@@ -191,7 +191,7 @@ class IndependentServer(RoundServer):
         here = {client: float(update.abs().max()) for client, update in self._updates.items()}
         shares, traffic, mean = self._gathered(running, self._ends.layout.numel, here)
         for client, update in self._updates.items():
-            mean.add(update, shares[client])
+            mean.add(update[None], [shares[client]])
         self._peers.sum_(mean.total)
         self._updates = {}
         return Aggregate(mean=mean.mean(), traffic=traffic, clients=tuple(shares), report={})

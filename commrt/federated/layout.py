@@ -11,6 +11,7 @@ from torch import Tensor
 
 from commrt.errors import ConfigError
 
+_BF16_INFINITY = 0x7F80
 # A tensor that is smaller shares the parameters of its code with its neighbours.
 LEAST_ELEMENTS = 512
 
@@ -89,15 +90,23 @@ class Layout:
         parts: tuple[Tensor, ...] = flat.split(sizes)
         return parts
 
-    def check(self, flat: Tensor, name: str) -> Tensor:
+    def check(self, flat: Tensor, name: str, *, count: int | None = None) -> Tensor:
         """``flat`` as contiguous fp32, if it is a finite vector of the layout.
+
+        Args:
+            flat: The vector; with ``count`` so many, (count, N).
+            name: Of it, for errors.
+            count: See there.
 
         Raises:
             ConfigError: It has another shape, or elements that are not finite.
         """
-        if flat.shape != (self.numel,):
+        if count is not None and len(flat) != count:
+            raise ConfigError(f"{len(flat)} of {name}: must be {count}")
+        shape = tuple(flat.shape if count is None else flat.shape[1:])
+        if shape != (self.numel,):
             raise ConfigError(
-                f"{name} has shape {tuple(flat.shape)}: must be ({self.numel},), "
+                f"{name} has shape {shape}: must be ({self.numel},), "
                 "flat in the order of the layout"
             )
         flat = flat.detach().float().contiguous()
@@ -116,6 +125,8 @@ def _matrix(shape: Sequence[int]) -> tuple[int, int]:
 
 def is_finite(flat: Tensor) -> bool:
     """Whether all of at least one element are; in a quarter of the time of ``isfinite().all()``."""
+    if flat.dtype == torch.bfloat16:
+        return int((flat.view(torch.int16) & 0x7FFF).max()) < _BF16_INFINITY
     least, most = flat.aminmax()
     return -math.inf < float(least) and float(most) < math.inf
 

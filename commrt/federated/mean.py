@@ -6,10 +6,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from commrt import ops
+
 # A float64 counts so far.
 _WHOLE_BITS = 52
-# Elements that are turned to float64 at once.
-_PIECE = 1 << 16
 
 
 class ExactMean:
@@ -37,17 +37,19 @@ class ExactMean:
         self.total = torch.zeros(numel, dtype=torch.float64)
         self.added: list[tuple[float, Sequence[slice]]] = []
 
-    def add(self, update: Tensor, share: float, missing: Sequence[slice] = ()) -> None:
-        """Take an update, fp32 (N,), but for the parts of it that are missing."""
-        if missing:
-            update = update.clone()
-            for part in missing:
+    def add(
+        self,
+        updates: Tensor,
+        shares: Sequence[float],
+        missing: Sequence[Sequence[slice]] | None = None,
+    ) -> None:
+        """Take updates, fp32 (K, N), but for the missing parts of each, which become zeros."""
+        missing = [()] * len(shares) if missing is None else missing
+        for update, parts in zip(updates, missing, strict=True):
+            for part in parts:
                 update[part] = 0.0
-        factor = share / self._unit
-        pieces = zip(self.total.split(_PIECE), update.split(_PIECE), strict=True)
-        for total, piece in pieces:
-            total.add_(piece.double().mul_(factor).round_())
-        self.added.append((share, missing))
+        ops.update_add_(self.total, updates, [share / self._unit for share in shares])
+        self.added += zip(shares, missing, strict=True)
 
     def mean(self) -> Tensor:
         """fp32 (N,), of each element over those updates that have it; zero where none has.

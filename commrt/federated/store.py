@@ -189,7 +189,7 @@ def _size_of(value: Any) -> int:
         return value.untyped_storage().nbytes()
     if isinstance(value, bytes | str):
         return len(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return sum(_size_of(each) for each in value.values())
     if isinstance(value, list | tuple):
         return sum(map(_size_of, value))

@@ -13,10 +13,10 @@ frame that comes to the wrong place, or meets the wrong state, is refused as a d
 """
 
 import enum
-import operator
 import struct
 import zlib
 
+from commrt.codecs.base import told
 from commrt.errors import WireFormatError
 
 WIRE_VERSION = 1
@@ -35,8 +35,7 @@ class Kind(enum.IntEnum):
 
 def context_of(*known: int | str) -> bytes:
     """What both ends know, as bytes."""
-    plain = (each if isinstance(each, str) else operator.index(each) for each in known)
-    return repr(tuple(plain)).encode()
+    return told(known)
 
 
 def seal(kind: Kind, round_index: int, body: bytes, context: bytes) -> bytes:

@@ -4,7 +4,8 @@ Gradients to payloads and back, in this file; the steps of optimizers, which wor
 :class:`StepTensor`, in :mod:`commrt.ops.steps`; what changed of weights, in
 :mod:`commrt.ops.patches`; subtractive dither, in :mod:`commrt.ops.dither`; integers by their
 probabilities, in :mod:`commrt.ops.rans`; polar codes and cosets, in :mod:`commrt.ops.polar`; what
-both ends of an update know before it is sent, in :mod:`commrt.ops.sources`.
+both ends of an update know before it is sent, in :mod:`commrt.ops.sources`; all of that for several
+updates at once, in :mod:`commrt.ops.updates`.
 
 Ops write into tensors the caller allocated, never allocate or synchronise, and work on windows of
 whole blocks: blocks ``[first_block, first_block + num_blocks)`` of a flat tensor lie at blocks
@@ -49,6 +50,13 @@ from commrt.ops.sources import (
     source_products,
 )
 from commrt.ops.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
+from commrt.ops.updates import (
+    update_add_,
+    update_codes,
+    update_products,
+    update_rows,
+    update_values,
+)
 
 __all__ = [
     "SEGMENT",
@@ -95,6 +103,11 @@ __all__ = [
     "source_products",
     "square_sums",
     "status",
+    "update_add_",
+    "update_codes",
+    "update_products",
+    "update_rows",
+    "update_values",
 ]
 
 

@@ -84,8 +84,8 @@ def dither_quantise(
     """
     check_vector("values", values, torch.float32)
     check_like(values, "values", predicted=(predicted, torch.float32), codes=(codes, torch.int16))
-    _check_step(step)
-    _check_dither(values.numel(), seed, first_index, lattice)
+    check_step(step)
+    check_dither(values.numel(), seed, first_index, lattice)
     torch.ops.commrt.dither_quantise(values, predicted, codes, step, seed, first_index, lattice)
 
 
@@ -120,8 +120,8 @@ def dither_dequantise(
     """
     check_vector("codes", codes, torch.int16)
     check_like(codes, "codes", predicted=(predicted, torch.float32), values=(values, torch.float32))
-    _check_step(step)
-    _check_dither(codes.numel(), seed, first_index, lattice)
+    check_step(step)
+    check_dither(codes.numel(), seed, first_index, lattice)
     torch.ops.commrt.dither_dequantise(codes, predicted, values, step, seed, first_index, lattice)
 
 
@@ -178,7 +178,7 @@ def scale_rows(
     check_device("rows_of_class", rows_of_class, "rows", rows)
     if not 0 <= base < 512:
         raise ConfigError(f"base={base}: must be in [0, 512)")
-    _check_dither(rows.numel(), seed, first_index, lattice)
+    check_dither(rows.numel(), seed, first_index, lattice)
     torch.ops.commrt.scale_rows(
         rows, contexts, energies, rows_of_class, ends, base, seed, first_index, lattice
     )
@@ -215,12 +215,14 @@ def lmmse_combine(stack: Tensor, weights: Tensor, out: Tensor) -> None:
     torch.ops.commrt.lmmse_combine(stack, weights, out)
 
 
-def _check_step(step: float) -> None:
+def check_step(step: float) -> None:
+    """That it and its inverse are normal numbers."""
     if not MIN_STEP <= step <= MAX_STEP:
         raise ConfigError(f"step={step!r}: must be from 2**-126 to 2**126")
 
 
-def _check_dither(numel: int, seed: int, first_index: int, lattice: str) -> None:
+def check_dither(numel: int, seed: int, first_index: int, lattice: str) -> None:
+    """That there is such a lattice, with whole points."""
     if lattice not in LATTICES:
         raise ConfigError(f"lattice={lattice!r}: must be one of {LATTICES}")
     if not 0 <= seed < 1 << 63:

@@ -25,6 +25,7 @@ Source: J. Duda, "Asymmetric numeral systems", 2013 (arXiv 1311.2540); F. Giesen
 entropy coders", 2014 (arXiv 1402.3392).
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,7 +46,7 @@ SLOTS = 1 << SLOT_BITS
 
 
 def rans_segments(numel: int) -> int:
-    """Streams that ``numel`` codes make."""
+    """Streams that a vector of ``numel`` codes makes."""
     return -(-numel // RANS_SEGMENT)
 
 
@@ -73,12 +74,12 @@ def rans_encode(
     Where ``escaped`` is given, a code that has no slots in its row escapes as well.
 
     Args:
-        codes: int16[N].
+        codes: int16[N]; or, here and where else N is, [K, N], of K vectors that are coded apart.
         rows: int16[N], the row of the table for each code.
         starts: uint16[R, 64], rows of lower bounds, the first of them 0, that do not fall.
         checks: uint16[S], what goes with each segment beside its codes.
-        words: uint16[S, W], S = ``rans_segments(N)`` and W >= ``rans_capacity(N, lanes)``; row s is
-            overwritten with the stream of segment s, and behind it with anything.
+        words: uint16[S, W], S = K * ``rans_segments(N)`` and W >= ``rans_capacity(N, lanes)``; row
+            s is overwritten with the stream of segment s, and behind it with anything.
         lengths: int32[S], overwritten with the words of each stream; -1 for a segment with a row
             that is not in the table, or a symbol that has no slots.
         lanes: 1, 4 or 32; more are faster and cost up to four bytes each.
@@ -87,13 +88,13 @@ def rans_encode(
         num_escaped: int32[S], overwritten with how many they are; 0 where the length is -1. Given
             with ``escaped``, or neither.
     """
-    _check(codes, rows, starts, checks, words, lengths, codes.numel(), lanes)
+    _check(codes, rows, starts, checks, words, lengths, lanes)
     if (escaped is None) != (num_escaped is None):
         raise ConfigError("escaped without num_escaped, or that without it: must be given both")
     if escaped is not None and num_escaped is not None:
-        _check_flat("escaped", escaped, torch.int16, codes.numel(), codes.device)
+        _check_codes("escaped", escaped, codes.shape, codes.device)
         _check_flat("num_escaped", num_escaped, torch.int32, lengths.numel(), codes.device)
-    least = rans_capacity(codes.numel(), lanes)
+    least = rans_capacity(codes.shape[-1], lanes)
     if words.shape[1] < least:
         raise ConfigError(f"words has {words.shape[1]} a segment: must have at least {least}")
     torch.ops.commrt.rans_encode(
@@ -116,11 +117,11 @@ def rans_decode(
     """Read ``codes`` from their streams, which may come from anywhere.
 
     Args:
-        words: uint16[S, W] with S = ``rans_segments(N)``; any W.
+        words: uint16[S, W] with S = K * ``rans_segments(N)``; any W.
         lengths: int32[S], words of each stream, or more: where a stream ends is found out.
-        rows: int16[N], as they were when encoding.
+        rows: int16[N] or [K, N], as they were when encoding.
         starts: uint16[R, 64], as it was when encoding.
-        codes: int16[N], overwritten; :data:`ESCAPED` for the escape.
+        codes: as ``rows``, overwritten; :data:`ESCAPED` for the escape.
         checks: uint16[S], overwritten with what went with each segment.
         used: int32[S], overwritten with the words that each segment was decoded from; -1 for a
             segment that no encoder wrote, whose codes and check are then 0: one that lacks words,
@@ -129,7 +130,7 @@ def rans_decode(
 
     Cost: bounded by N, whatever is in the words.
     """
-    _check(codes, rows, starts, checks, words, lengths, rows.numel(), lanes)
+    _check(codes, rows, starts, checks, words, lengths, lanes)
     _check_flat("used", used, torch.int32, lengths.numel(), words.device)
     torch.ops.commrt.rans_decode(words, lengths, rows, starts, lanes, codes, checks, used)
 
@@ -140,9 +141,9 @@ def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: Sequence[int]
 
     Args:
         counts: int64[P, R, 64], contiguous, updated in place.
-        codes: int16[N].
-        rows: int16[N], in [0, R).
-        ends: P of them: part p is ``[ends[p - 1], ends[p])``, the first one from 0 on.
+        codes: int16[N] or, of K vectors, [K, N].
+        rows: As many int16, in [0, R).
+        ends: P of them: part p is ``[ends[p - 1], ends[p])`` of each vector, the first from 0 on.
 
     Raises:
         ConfigError: A tensor that does not serve; or a row outside, and then of some parts nothing
@@ -156,13 +157,13 @@ def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: Sequence[int]
         )
     if not counts.is_contiguous():
         raise ConfigError(f"counts has strides {counts.stride()}: must be contiguous")
-    _check_flat("codes", codes, torch.int16, codes.numel(), counts.device)
-    _check_flat("rows", rows, torch.int16, codes.numel(), counts.device)
+    _check_codes("codes", codes, codes.shape, counts.device)
+    _check_codes("rows", rows, codes.shape, counts.device)
     ends = list(ends)
-    bounds = [0, *ends, codes.numel()]
+    bounds = [0, *ends, codes.shape[-1]]
     if len(ends) != counts.shape[0] or bounds != sorted(bounds):
         raise ConfigError(
-            f"ends={ends}: must be {counts.shape[0]} that do not fall, from 0 to {codes.numel()}"
+            f"ends={ends}: must be {counts.shape[0]} that do not fall, from 0 to {codes.shape[-1]}"
         )
     torch.ops.commrt.rans_count_(counts, codes, rows, ends)
 
@@ -180,13 +181,13 @@ def _check(
     checks: Tensor,
     words: Tensor,
     lengths: Tensor,
-    numel: int,
     lanes: int,
 ) -> None:
     _check_lanes(lanes)
-    num_segments, device = rans_segments(numel), codes.device
-    _check_flat("codes", codes, torch.int16, numel, device)
-    _check_flat("rows", rows, torch.int16, numel, device)
+    device = codes.device
+    _check_codes("codes", codes, codes.shape, device)
+    _check_codes("rows", rows, codes.shape, device)
+    num_segments = math.prod(codes.shape[:-1]) * rans_segments(codes.shape[-1])
     _check_flat("checks", checks, torch.uint16, num_segments, device)
     _check_flat("lengths", lengths, torch.int32, num_segments, device)
     _check_matrix("starts", starts, (max(starts.shape[0], 1), SYMBOLS), device)
@@ -196,6 +197,18 @@ def _check(
 def _check_lanes(lanes: int) -> None:
     if lanes not in LANES:
         raise ConfigError(f"lanes={lanes!r}: must be one of {LANES}")
+
+
+def _check_codes(name: str, codes: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    if codes.dtype != torch.int16 or codes.dim() not in (1, 2) or not codes.is_contiguous():
+        raise ConfigError(
+            f"{name} is {codes.dtype} {tuple(codes.shape)}: must be 1-D torch.int16, "
+            "or 2-D, contiguous"
+        )
+    if codes.shape != shape:
+        found, wanted = (" x ".join(map(str, each)) for each in (codes.shape, shape))
+        raise ConfigError(f"{name} has {found} elements: must have {wanted}")
+    _check_device(name, codes, device)
 
 
 def _check_flat(

@@ -117,9 +117,8 @@ class Rounds(Exchange):
 
     def decode(self, step: Aggregate, answers: Answers) -> Tensor:
         """See :meth:`Exchange.decode`."""
-        for update in step.updates:
-            if self.home(update.client) == self._ranks.rank:
-                self._server.receive(update.client, self._payloads.pop(update.client))
+        here = [each.client for each in step.updates if self.home(each.client) == self._ranks.rank]
+        self._server.receive_all({client: self._payloads.pop(client) for client in here})
         is_here = self._server.is_shared or self._ranks.is_root
         asked = set[int]()
         while True:
@@ -128,8 +127,7 @@ class Rounds(Exchange):
             found = answers(requests if self._ranks.is_root else None)
             if found is None:
                 break
-            for client, payload in found.items():
-                self._server.receive(client, payload)
+            self._server.receive_all(found)
         mean = self._finish(len(asked)) if is_here else torch.empty(self._layout.numel)
         if not self._server.is_shared:
             self._ranks.broadcast_(mean)

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,11 +202,11 @@ class Run:
         self._close_round()
         told = self._exchange.begin(step, self._previous)
         self._privacy.begin(step.clients)
-        frames = {}
-        for client, trained in self._trained(step):
-            update = self._privacy.protect(trained, step.index, client)
-            if is_finite(update):
-                frames[client] = self._encode(client, step.index, update, told[client])
+        frames = dict[int, bytes]()
+        for clients, updates in self._trained(step):
+            for client, update in zip(clients, updates, strict=True):
+                update.copy_(self._privacy.protect(update, step.index, client))
+            frames |= self._encode(clients, step.index, updates, told)
         sizes = self._exchange.send(frames)
         for client in step.clients:
             if client in sizes:
@@ -214,8 +214,8 @@ class Run:
             else:
                 self.schedule.failed(client)
 
-    def _trained(self, step: Start) -> Iterator[tuple[int, Tensor]]:
-        """The rank's clients and their updates, each until the next is asked for."""
+    def _trained(self, step: Start) -> Iterator[tuple[Sequence[int], Tensor]]:
+        """Some of the rank's clients and their updates (K, N), until the next are asked for."""
         own = self._ranks.own(step.clients)
         fitting = max(self.config.local.chunk or 1, _TRAINED_BYTES // (4 * self.layout.numel))
         room = torch.empty(min(fitting, len(own)), self.layout.numel)
@@ -228,17 +228,32 @@ class Run:
                 self.config.run.seed,
                 out=room[: len(some)],
             )
-            yield from zip(some, updates, strict=True)
+            yield some, updates
 
-    def _encode(self, client: int, round_index: int, update: Tensor, told: bytes) -> bytes:
-        """The payload; what the client remembers is kept, and itself while it may be asked."""
-        encoding = self._client(client)
-        payload = encoding.encode(round_index, update, told, self._previous)
-        if self._exchange.has_rounds and encoding.may_be_asked:
-            self._answering[client] = encoding
-        else:
-            self._remember(client, encoding)
-        return payload
+    def _encode(
+        self, clients: Sequence[int], round_index: int, updates: Tensor, told: Mapping[int, bytes]
+    ) -> dict[int, bytes]:
+        """The payloads of those whose update is finite.
+
+        What a client remembers is kept, and itself while it may be asked.
+        """
+        if not is_finite(updates):
+            finite = [k for k, update in enumerate(updates) if is_finite(update)]
+            clients, updates = [clients[k] for k in finite], updates[finite]
+        encoding = {client: self._client(client) for client in clients}
+        payloads = self._uplink.encode(
+            list(encoding.values()),
+            round_index,
+            updates,
+            [told[client] for client in clients],
+            self._previous,
+        )
+        for client, each in encoding.items():
+            if self._exchange.has_rounds and each.may_be_asked:
+                self._answering[client] = each
+            else:
+                self._remember(client, each)
+        return dict(zip(clients, payloads, strict=True))
 
     def _aggregate(self, step: Aggregate) -> Row:
         """Decode what arrived, and make a new model of it."""

@@ -88,6 +88,7 @@ void check_source_energies(Checks& checks, std::mt19937& random);
 void check_source_prediction(Checks& checks, std::mt19937& random);
 void check_source_products(Checks& checks, std::mt19937& random);
 void check_source_history(Checks& checks, std::mt19937& random);
+void check_update_add(Checks& checks, std::mt19937& random);
 
 // In step_check.cpp.
 void check_adam_mini(Checks& checks, std::mt19937& random);

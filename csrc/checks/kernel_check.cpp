@@ -288,6 +288,7 @@ constexpr Op kOps[] = {
     {"source_prediction", check_source_prediction},
     {"source_products", check_source_products},
     {"source_history", check_source_history},
+    {"update_add", check_update_add},
 };
 
 }  // namespace

@@ -10,6 +10,7 @@
 #include "../cpu/source_history.cpp"
 #include "../cpu/source_prediction.cpp"
 #include "../cpu/source_products.cpp"
+#include "../cpu/update_add.cpp"
 
 namespace commrt {
 
@@ -18,6 +19,7 @@ void source_energies(const SourceEnergiesArgs&, const EnergySums&, std::int64_t,
 void source_prediction(const SourcePredictionArgs&, std::int64_t, std::int64_t);
 void source_products(const SourceProductsArgs&, std::int64_t, std::int64_t);
 void source_history(const SourceHistoryArgs&, std::int64_t, std::int64_t);
+void update_add(const UpdateAddArgs&, std::int64_t, std::int64_t);
 }  // namespace portable
 
 namespace {
@@ -156,6 +158,23 @@ void check_source_history(Checks& checks, std::mt19937& random) {
     run(portable::source_history, aligned);
     run(checked::source_history, on_heap);
     checks.expect(describe("source_history", numel, sources.kind), {&kept});
+  });
+}
+
+void check_update_add(Checks& checks, std::mt19937& random) {
+  for_each_case(random, [&](Sources& sources, std::int64_t tiles) {
+    const std::int64_t numel = sources.numel, count = sources.kind % 3, stride = numel + 3;
+    const double factors[] = {0x1p40, -3.7};
+    Buffer updates(4 * (count * stride + 1), 4), total(8 * numel, 8);
+    updates.set(random_floats(count * stride + 1, random).data());
+    const auto run = [&](auto kernel, auto place) {
+      kernel({reinterpret_cast<const float*>(place(updates)), stride, factors, count,
+              reinterpret_cast<double*>(place(total)), numel},
+             0, tiles);
+    };
+    run(portable::update_add, aligned);
+    run(checked::update_add, on_heap);
+    checks.expect(describe("update_add", numel, sources.kind), {&total});
   });
 }
 

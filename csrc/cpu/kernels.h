@@ -42,7 +42,8 @@ namespace commrt {
   kernel(void, source_energies, const SourceEnergiesArgs&, const EnergySums&)  \
   kernel(void, source_prediction, const SourcePredictionArgs&)                 \
   kernel(void, source_products, const SourceProductsArgs&)                     \
-  kernel(void, source_history, const SourceHistoryArgs&)
+  kernel(void, source_history, const SourceHistoryArgs&)                       \
+  kernel(void, update_add, const UpdateAddArgs&)
 // clang-format on
 
 struct Kernels {

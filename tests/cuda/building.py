@@ -51,7 +51,10 @@ OPS = (
     *("polar_transform", "polar_decode", "coset_llr", "coset_decode"),
 )
 # Which are checked as well, but run on the CPU only.
-CPU_OPS = ("source_energies", "source_prediction", "source_products", "source_history")
+CPU_OPS = (
+    *("source_energies", "source_prediction", "source_products", "source_history"),
+    "update_add",
+)
 # Kernels have the names of ops; those of the steps share these two.
 SHARED_KERNELS = {"step": ("adamw", "adan", "lion", "mofo"), "second": ("adam_mini",)}
 

@@ -23,6 +23,7 @@ OPS = (
     *("dither_quantise", "dither_dequantise", "scale_rows", "lmmse_combine"),
     *("rans_encode", "rans_decode", "rans_count_"),
     *("source_energies", "source_prediction", "source_products", "source_history"),
+    *("update_products", "update_rows", "update_codes", "update_values", "update_add_"),
     *("polar_transform_", "polar_decode", "coset_llr", "coset_decode"),
 )
 KINDS = ((1, "mean"), (2, "absmax"), (2, "mean"), (4, "absmax"), (8, "absmax"))
@@ -87,10 +88,10 @@ def run_everywhere(op: Callable[..., None], *args: Any, **kwargs: Any) -> None:
         results.append((path, [*copied_args, *copied_kwargs.values()]))
     with using_specification():
         op(*args, **kwargs)
+    wanted = _tensors([*args, *kwargs.values()])
     for path, copies in results:
-        for copy, expected in zip(copies, [*args, *kwargs.values()], strict=True):
-            if isinstance(expected, Tensor):
-                assert_same_bits(_memory(copy), _memory(expected), path)
+        for copy, expected in zip(_tensors(copies), wanted, strict=True):
+            assert_same_bits(_memory(copy), _memory(expected), path)
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, where: str = "") -> None:
@@ -106,11 +107,24 @@ def assert_same_bits(actual: Tensor, expected: Tensor, where: str = "") -> None:
 
 
 def _copy(value: Any) -> Any:
-    """A tensor with storage of its own, as aligned and as strided as the original."""
+    """A tensor with storage of its own, as aligned and as strided as the original; so in lists."""
+    if isinstance(value, list):
+        return [_copy(each) for each in value]
     if not isinstance(value, Tensor):
         return value
     storage = value.untyped_storage().clone()
     return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
+
+
+def _tensors(values: list[Any]) -> list[Tensor]:
+    """Those in a list, and in lists in it."""
+    found: list[Tensor] = []
+    for value in values:
+        if isinstance(value, list):
+            found += _tensors(value)
+        elif isinstance(value, Tensor):
+            found.append(value)
+    return found
 
 
 def _memory(value: Tensor) -> Tensor:

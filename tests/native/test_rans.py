@@ -119,6 +119,75 @@ def decoded_everywhere(
     return expected
 
 
+class Streams:
+    """Of vectors (K, N): what :func:`commrt.ops.rans_encode` writes."""
+
+    def __init__(self, codes: Tensor, lanes: int) -> None:
+        self.count = len(codes) * ops.rans_segments(codes.shape[1])
+        width = ops.rans_capacity(codes.shape[1], lanes)
+        self.words = torch.zeros(self.count, width, dtype=torch.uint16)
+        self.lengths = torch.zeros(self.count, dtype=torch.int32)
+        self.escaped, self.num_escaped = torch.zeros_like(codes), torch.zeros_like(self.lengths)
+
+    def all(self) -> dict[str, Tensor]:
+        return {
+            name: getattr(self, name) for name in ("words", "lengths", "escaped", "num_escaped")
+        }
+
+
+@pytest.mark.parametrize("numel", [0, 1, 700])
+@pytest.mark.parametrize("lanes", LANES)
+def test_vectors_on_every_path(lanes: int, numel: int) -> None:
+    codes, rows = (flat.view(3, numel) for flat in sample(3 * numel, seed=1))
+    alone = [encoded(code, row, lanes) for code, row in zip(codes, rows, strict=True)]
+    checks = checks_of(ops.rans_segments(numel)).repeat(3)
+    for path, use in {**cases.paths(), "specification": cases.using_specification()}.items():
+        streams = Streams(codes, lanes)
+        found, used = torch.ones_like(codes), torch.zeros_like(streams.lengths)
+        with use:
+            ops.rans_encode(codes, rows, table(), checks, lanes=lanes, **streams.all())
+            ops.rans_decode(
+                streams.words, streams.lengths, rows, table(), found, checks.clone(), used,
+                lanes=lanes,
+            )  # fmt: skip
+        lengths = streams.lengths.tolist()
+        words = [row[:size].tolist() for row, size in zip(streams.words, lengths, strict=True)]
+        assert words == [stream for streams in alone for stream in streams], path
+        assert torch.equal(used, streams.lengths), path
+        assert torch.equal(found, codes), path
+
+
+@pytest.mark.parametrize("numel", [9, RANS_SEGMENT + 5])
+def test_vectors_are_coded_apart(numel: int) -> None:
+    """Each as if it were alone, in segments of its own; here of what escapes as well."""
+    codes, rows = (flat.view(2, numel) for flat in sample(2 * numel, seed=2))
+    rows = rows % 8
+    codes = torch.where(rows == 7, 300, codes.clamp(-31, 31)).short()
+    both = Streams(codes, 4)
+    checks = checks_of(both.count)
+    ops.rans_encode(codes, rows, table(), checks, lanes=4, **both.all())
+    size = both.count // 2
+    for k in range(2):
+        own, one = slice(k * size, (k + 1) * size), Streams(codes[k : k + 1], 4)
+        ops.rans_encode(
+            codes[k], rows[k], table(), checks[own].clone(), one.words, one.lengths, lanes=4,
+            escaped=one.escaped[0], num_escaped=one.num_escaped,
+        )  # fmt: skip
+        assert torch.equal(both.lengths[own], one.lengths)
+        assert torch.equal(both.num_escaped[own], one.num_escaped)
+        for row, length in enumerate(one.lengths.tolist()):
+            words = both.words[own].int()
+            assert torch.equal(words[row, :length], one.words[row, :length].int())
+        count = int(one.num_escaped[0])
+        assert count
+        assert torch.equal(both.escaped[k, :count], one.escaped[0, :count])
+    found, used = torch.ones_like(codes), torch.zeros_like(both.lengths)
+    with threads(3):
+        ops.rans_decode(both.words, both.lengths, rows, table(), found, checks, used, lanes=4)
+    assert torch.equal(used, both.lengths)
+    assert torch.equal(found, codes.masked_fill(codes == 300, ESCAPED))
+
+
 @pytest.mark.parametrize("lanes", LANES)
 def test_every_path_equals_the_specification(lanes: int) -> None:
     """All that is written; and what is decoded is what was encoded."""

@@ -30,6 +30,15 @@ def test_every_path_equals_the_specification(ends: list[int]) -> None:
         assert torch.equal(more + torch.arange(counts.numel()).view_as(counts), counts)
 
 
+def test_of_several_vectors() -> None:
+    codes, rows = (flat.view(4, 175) for flat in sample(700, 9))
+    counts, apart = torch.zeros(2, 9, 64, dtype=torch.int64), torch.zeros(2, 9, 64).long()
+    cases.run_everywhere(ops.rans_count_, counts, codes, rows, [30, 170])
+    for code, row in zip(codes, rows, strict=True):
+        ops.rans_count_(apart, code, row, [30, 170])
+    assert torch.equal(counts, apart)
+
+
 def test_by_hand() -> None:
     codes = torch.tensor([0, 0, -31, 31, 32, -32768, 1], dtype=torch.int16)
     rows = torch.tensor([0, 0, 1, 1, 1, 0, 2], dtype=torch.int16)

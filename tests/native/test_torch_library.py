@@ -49,10 +49,34 @@ def arguments(name: str) -> tuple[Any, ...]:
         "source_prediction": (torch.zeros(100), flat, None, [1.0, 0.5, 0.0, 2.0], ends),
         "source_products": (products, flat, flat.bfloat16(), -flat, ends),
         "source_history": (flat.bfloat16(), flat, -flat, small, torch.ones(4)),
+        **update_arguments(flat, ends),
         "rans_encode": (*coded, table, 4, check, words, length, codes, length.clone()),
         "rans_decode": (words, length, coded[1], table, 4, coded[0], check, length.clone()),
         "rans_count_": (torch.zeros(2, 40, 64, dtype=torch.int64), *coded, [30, 100]),
     }[name]
+
+
+def update_arguments(flat: Tensor, ends: Tensor) -> dict[str, tuple[Any, ...]]:
+    """Of two updates of 100 elements in two groups."""
+    updates, own = torch.stack([flat, -flat]), [flat.bfloat16(), None]
+    shorts, products = torch.ones(2, 100, dtype=torch.int16), torch.zeros(2, 12).double()
+    kept, tables = [flat.bfloat16(), flat.bfloat16()], 2 * [torch.zeros(2, 9).short()]
+    of_each = [0.5, 0.25], [7, 8]
+    return {
+        "update_products": (products, updates, flat, own, ends),
+        "update_rows": (
+            updates, shorts, shorts.clone(), flat, own, [0.5] * 8, [9, 10, 1, 10], 0.3, ends,
+            tables, [240, 230], [7, 8],
+        ),
+        "update_codes": (
+            shorts, kept, updates, -updates, shorts.clone(), torch.ones(4), *of_each, "z",
+        ),
+        "update_values": (
+            updates, -updates, products, kept, shorts, 2 * updates, shorts.clone(), torch.ones(4),
+            ends, *of_each, "z",
+        ),
+        "update_add_": (flat.double(), updates, [1.0, 3.0]),
+    }  # fmt: skip
 
 
 def polar_arguments() -> tuple[Any, ...]:

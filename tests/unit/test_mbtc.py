@@ -11,15 +11,13 @@ from torch import Tensor
 from commrt.codecs.entropy import encode_codes
 from commrt.errors import ConfigError, StateError, WireFormatError
 from commrt.federated import Aggregate, Layout, parse_uplink
-from commrt.federated.mbtc import plan, side
+from commrt.federated.mbtc import plan
 from commrt.federated.mbtc.client import MbtcClient
 from commrt.federated.mbtc.coding import read_codes
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters, Plane
 from commrt.federated.mbtc.requests import Wanted, read_request, write_request
 from commrt.federated.mbtc.server import MbtcServer
-from commrt.federated.mbtc.side import Coefficients, Sources
 from commrt.federated.mean import ExactMean
-from commrt.federated.wire import Reader
 
 BLOCK = 4096
 # Two blocks, and what does not fill a third.
@@ -443,8 +441,8 @@ def test_an_update_that_is_coded_twice() -> None:
 
 def test_parts_that_only_light_clients_have() -> None:
     total = ExactMean(6, 1.0, 2)
-    total.add(torch.zeros(6), 1 - 1e-9, [slice(0, 3)])
-    total.add(torch.ones(6), 1e-9)
+    total.add(torch.zeros(1, 6), [1 - 1e-9], [[slice(0, 3)]])
+    total.add(torch.ones(1, 6), [1e-9])
     mean = total.mean()
     assert (mean[:3] - 1).abs().max() < 1e-6
     assert float(mean[3:].abs().max()) < 1e-8
@@ -479,40 +477,6 @@ def test_steps_are_bounded_where_they_are_read() -> None:
 
 
 # -- parts ----------------------------------------------------------------------------------------
-
-
-def test_predictions() -> None:
-    layout = Layout({"first": (400,), "second": (600,)})
-    generator = torch.Generator().manual_seed(0)
-    previous, own = (torch.randn(1000, generator=generator) for _ in range(2))
-    sources = Sources(previous, own.bfloat16())
-    update = 0.5 * previous - 0.25 * own
-    [found], energy = side.fit(layout, update, sources)
-    assert energy == pytest.approx(float(update.square().mean()))
-    assert found == Coefficients(32, -16)
-    predicted = side.prediction(layout, sources, [found])
-    assert float((predicted - update).square().mean()) < 1e-5
-    assert side.fit(layout, update, Sources(previous, None)).coefficients == [Coefficients(32, 0)]
-    assert side.fit(layout, update, Sources(None, None)).coefficients == [Coefficients()]
-    zeros = Sources(None, torch.zeros(1000))
-    assert side.fit(layout, update, zeros).coefficients == [Coefficients()]
-    packed = side.pack([found, Coefficients(1, -128 + 1)], sources)
-    assert side.unpack(Reader(packed), sources, 2) == [found, Coefficients(1, -127)]
-    alone = Sources(previous, None)
-    assert side.unpack(Reader(b"\x05"), alone, 1) == [Coefficients(5, 0)]
-
-
-def test_energies_know_of_rows_and_columns() -> None:
-    """A weight that was never large, in a row and a column of large ones."""
-    layout = Layout({"weight": (32, 32), "bias": (32,)})
-    own = torch.zeros(32, 32)
-    own[3], own[:, 5], own[3, 5] = 1.0, 1.0, 0.0
-    energy = side.energies(layout, Sources(None, torch.cat([own.view(-1), torch.ones(32)])))
-    assert energy is not None
-    matrix = energy[: 32 * 32].view(32, 32)
-    assert matrix[3, 5] > 100 * matrix[4, 6] > 0
-    assert energy[-32:].tolist() == [2.0] * 32
-    assert side.energies(layout, Sources(None, None)) is None
 
 
 def test_parameters() -> None:

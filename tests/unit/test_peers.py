@@ -312,7 +312,7 @@ def test_no_order_changes_a_mean() -> None:
     for order in (range(50), reversed(range(50)), torch.randperm(50, generator=generator)):
         total = ExactMean(70000, largest, 50)
         for place in order:
-            total.add(updates[place], float(shares[place]))
+            total.add(updates[place][None], [float(shares[place])])
         means.append(total.mean())
     assert torch.equal(means[0], means[1])
     assert torch.equal(means[0], means[2])

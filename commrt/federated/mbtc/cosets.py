@@ -124,14 +124,14 @@ class Cosets:
             total += alignment * group.numel
         return total / self._layout.numel
 
-    def bits_alone(self, update: "Received", codes: Tensor) -> tuple[float, ...]:
+    def bits_alone(self, update: "Received") -> tuple[float, ...]:
         """Bits a weight that the codes of each group take without the other clients.
 
         Empty where that is all they ever do.
         """
         if self._codec.joint == "off":
             return ()
-        rows = update.how.rows
+        codes, rows = update.codes, update.how.rows
         return tuple(
             code_length(group.of(codes), group.of(rows)) / group.numel
             for group in self._layout.groups

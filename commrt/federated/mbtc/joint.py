@@ -43,7 +43,7 @@ def piece_of(update: "Received", index: int, elements: Group, which: range) -> P
     predicted = elements.of(how.predicted)
     if blocks is not None:
         return Piece(how.step, how.noise, how.seed, predicted, blocks.part(which))
-    decoded, codes = torch.empty(elements.numel), elements.of(update.alone)
+    decoded, codes = torch.empty(elements.numel), elements.of(update.codes)
     ops.dither_dequantise(codes, predicted, decoded, how.step, how.seed, first_index=elements.begin)
     return Piece(how.step, how.noise, how.seed, decoded.sub_(predicted), None)
 

@@ -12,6 +12,7 @@ The body of a frame of parameters, in little endian::
 """
 
 import dataclasses
+import functools
 import struct
 from typing import NamedTuple
 
@@ -105,7 +106,13 @@ def read_firsts(reader: Reader, count: int) -> Tensor:
     Raises:
         WireFormatError: There are fewer, or a row that there is none of.
     """
-    firsts = np.frombuffer(reader.take(2 * count), dtype="<u2")
+    return _firsts_of(reader.take(2 * count))
+
+
+@functools.lru_cache(maxsize=16)
+def _firsts_of(told: bytes) -> Tensor:
+    """The same tensor for the same bytes, which many clients are told."""
+    firsts = np.frombuffer(told, dtype="<u2")
     largest = NUM_PHASES * int(firsts.max())
     if largest >= NUM_ROWS:
         raise WireFormatError(f"a table of row {largest}: there are {NUM_ROWS}")

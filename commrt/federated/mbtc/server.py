@@ -1,8 +1,9 @@
 """The server of MBTC: decodes a cohort's updates jointly."""
 
 import math
+import operator
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -17,7 +18,13 @@ from commrt.federated.mbtc.ended import Ended, gathered
 from commrt.federated.mbtc.parameters import Parameters
 from commrt.federated.mbtc.plan import NO_PLAN, Plan
 from commrt.federated.mbtc.rate import MOST_BITS, Coded, Energy, RateControl
-from commrt.federated.mbtc.received import Received, flags_of, read_answer, read_update
+from commrt.federated.mbtc.received import (
+    Frame,
+    Received,
+    flags_of,
+    read_answer,
+    read_updates,
+)
 from commrt.federated.mbtc.requests import Wanted, write_request
 from commrt.federated.mbtc.sharing import JointDecoding, agreed
 from commrt.federated.mbtc.side import History, Sources
@@ -110,20 +117,42 @@ class MbtcServer(RoundServer):
 
     def receive(self, client: int, payload: bytes) -> None:
         """See :meth:`Server.receive`."""
-        running = self._expecting(client)
-        place = running.place(client)
-        running.came(client, payload, is_answer=client in self._payloads)
-        if client in self._asked:
-            self._take_answer(running, client, self._received[place], payload)
-        elif client in self._payloads:
-            raise WireFormatError(f"client {client} has sent its update of this round before")
-        else:
-            update = self._read(running, client, payload)
+        self.receive_all({client: payload})
+
+    def receive_all(self, payloads: Mapping[int, bytes]) -> None:
+        """See :meth:`Server.receive_all`."""
+        running = self._running()
+        updates = list[tuple[int, bytes]]()
+        for client, payload in payloads.items():
+            place = self._expecting(client).place(client)
+            running.came(client, payload, is_answer=client in self._payloads)
+            if client in self._asked:
+                self._take_answer(running, client, self._received[place], payload)
+                self._taken[client] += len(payload)
+            elif client in self._payloads:
+                raise WireFormatError(f"client {client} has sent its update of this round before")
+            else:
+                updates.append((client, payload))
+        for some in coding.batches(updates, self._layout.numel, _uses_previous):
+            self._take_updates(running, some)
+
+    def _take_updates(self, running: Round, some: Sequence[tuple[int, bytes]]) -> None:
+        """Of one batch; if one is damaged, those before it."""
+        try:
+            received = self._read(running, some)
+        except WireFormatError:
+            if len(some) == 1:
+                raise
+            for each in some:
+                self._take_updates(running, [each])
+            raise
+        is_kept = self._joint.is_running or len(self._received) < self._most_kept
+        for (client, payload), update in zip(some, received, strict=True):
             self._largest[client] = update.largest
             self._payloads[client] = payload
-            if self._joint.is_running or len(self._received) < self._most_kept:
-                self._received[place] = update
-        self._taken[client] = self._taken.get(client, 0) + len(payload)
+            self._taken[client] = len(payload)
+            if is_kept:
+                self._received[running.place(client)] = update
 
     def requests(self) -> dict[int, bytes]:
         """See :meth:`Server.requests`."""
@@ -147,11 +176,11 @@ class MbtcServer(RoundServer):
         self._joint.decode(self._received)
         shares, traffic, mean = self._gathered(running, self._layout.numel, self._largest)
         ended = [
-            self._end(running, client, share, mean)
-            for client, share in shares.items()
-            if client in self._payloads
+            each
+            for some in self._batches(running)
+            for each in self._end(running, some, shares, mean)
         ]
-        ended = gathered(self._peers, ended)
+        ended = gathered(self._peers, sorted(ended, key=operator.attrgetter("client")))
         self._peers.sum_(mean.total)
         for tables in self._tables.values():
             tables.close_round(self._peers)
@@ -276,8 +305,11 @@ class MbtcServer(RoundServer):
                 told[client] = Parameters.unpack(body, groups, self._codec.block)
         return told
 
-    def _read(self, running: Round, client: int, payload: bytes) -> Received:
-        told = self._told[client]
+    def _read(self, running: Round, some: Sequence[tuple[int, bytes]]) -> list[Received]:
+        frames = [self._frame(running, client, payload) for client, payload in some]
+        return read_updates(self._codec, self._layout, frames)
+
+    def _frame(self, running: Round, client: int, payload: bytes) -> Frame:
         flags = flags_of(payload)
         history = None
         if flags & coding.USES_OWN and client in self.histories:
@@ -293,7 +325,7 @@ class MbtcServer(RoundServer):
         context = self._context(running, client, *known)
         body = unseal(Kind.UPDATE, running.index, payload, context)
         dither = coding.dither_seed(self._seed, running.index, client)
-        return read_update(body, self._codec, self._layout, told, sources, dither)
+        return Frame(body, self._told[client], sources, dither)
 
     def _take_answer(self, running: Round, client: int, update: Received, payload: bytes) -> None:
         wanted, request = self._asked[client]
@@ -304,34 +336,70 @@ class MbtcServer(RoundServer):
             self._joint.take(running.place(client), each, answer, update.blocks[each.group])
         del self._asked[client]
 
-    def _end(self, running: Round, client: int, share: float, mean: ExactMean) -> Ended:
-        """Add a client's update to the mean, and take what it tells of the client."""
-        update = self._received.get(running.place(client))
-        if update is None:
-            update = self._read(running, client, self._payloads[client])
-        how, codes, missing = update.how, update.codes(self._layout), update.missing(self._layout)
-        decoded = how.dequantise(codes)
-        mean.add(decoded, share, missing)
-        residual = decoded - how.predicted
-        squares = side.mean_squares(self._layout, decoded, residual)
-        energy = Energy(*(square - how.noise for square in squares))
-        bits = 8 * self._taken[client] / self._layout.numel
+    def _batches(self, running: Round) -> Iterator[list[tuple[int, Received]]]:
+        """Clients and updates that were decoded together; what was not kept is decoded again."""
+        kept, others = dict[int, list[tuple[int, Received]]](), list[tuple[int, bytes]]()
+        for client, payload in self._payloads.items():
+            update = self._received.get(running.place(client))
+            if update is None:
+                others.append((client, payload))
+            else:
+                kept.setdefault(id(update.all_how), []).append((client, update))
+        yield from kept.values()
+        for some in coding.batches(others, self._layout.numel, _uses_previous):
+            yield [
+                (client, update)
+                for (client, _), update in zip(some, self._read(running, some), strict=True)
+            ]
+
+    def _end(
+        self,
+        running: Round,
+        some: Sequence[tuple[int, Received]],
+        shares: Mapping[int, float],
+        mean: ExactMean,
+    ) -> list[Ended]:
+        """Add a batch of updates to the mean, and take what they tell of the clients."""
+        how, codes = some[0][1].all_how, some[0][1].all_codes
+        missing = [update.missing(self._layout) for _, update in some]
+        for _, update in some:
+            update.settle_(self._layout)
+        decoded, histories = how.dequantise(codes, keep=self._codec.memory)
+        mean.add(decoded.values, [shares[client] for client, _ in some], missing)
+        self._count(some, missing)
         is_small = len(running.cohort) <= MOST_CLIENTS
-        tag = 0
-        if not missing:
-            self._tables[update.sources.own is not None].count(*how.scalar(codes))
-            if self._codec.memory:
-                history = how.remember(decoded)
-                self.histories[client], tag = history.state_dict(), history.tag
-        return Ended(
-            client,
-            Coded(how.noise, bits, energy, how.step != self._told[client].step),
-            tag,
-            len(missing),
-            residual if is_small else None,
-            how.predicted if self._codec.combine == "lmmse" else None,
-            self._cosets.bits_alone(update, codes) if is_small and self._may_join else (),
-        )
+        ended = list[Ended]()
+        for k, (client, update) in enumerate(some):
+            tag, one = 0, update.how
+            if histories and not missing[k]:
+                self.histories[client], tag = histories[k].state_dict(), histories[k].tag
+            energy = Energy(*(square - one.noise for square in decoded.squares[k]))
+            bits = 8 * self._taken[client] / self._layout.numel
+            ended.append(
+                Ended(
+                    client,
+                    Coded(one.noise, bits, energy, one.step != self._told[client].step),
+                    tag,
+                    len(missing[k]),
+                    decoded.residuals[k] if is_small else None,
+                    one.predicted if self._codec.combine == "lmmse" else None,
+                    self._cosets.bits_alone(update) if is_small and self._may_join else (),
+                )
+            )
+        return ended
+
+    def _count(
+        self, some: Sequence[tuple[int, Received]], missing: Sequence[Sequence[slice]]
+    ) -> None:
+        """Take codes of updates with no block missing for the tables of later rounds."""
+        whole = [update for (_, update), lacks in zip(some, missing, strict=True) if not lacks]
+        for has_own, tables in self._tables.items():
+            updates = [update for update in whole if update.has_own == has_own]
+            if len(updates) == len(some) and self._codec.lattice == "z":
+                tables.count(updates[0].all_codes, updates[0].all_how.contexts)
+                continue
+            for update in updates:
+                tables.count(*(each[None] for each in update.how.scalar(update.codes)))
 
     def _close_joint(self, running: Round, shares: Mapping[int, float], mean: ExactMean) -> None:
         """All peers know which blocks could not be decided, and the first what it has to learn."""
@@ -362,3 +430,7 @@ class MbtcServer(RoundServer):
         energy = sum(shares[each.client] ** 2 * each.coded.energy.update for each in ended)
         figures = self._cosets.learn(running.cohort, ended, self._joint)
         return {"nmse": noise / energy if energy > 0 else math.inf, **figures}
+
+
+def _uses_previous(sent: tuple[int, bytes]) -> bool:
+    return bool(flags_of(sent[1]) & coding.USES_PREVIOUS)

@@ -10,7 +10,9 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from commrt import ops
@@ -23,6 +25,8 @@ from commrt.errors import StateError
 from commrt.federated.layout import Layout, is_finite
 from commrt.federated.wire import Reader
 from commrt.ops.sources import NUM_PRODUCTS
+
+Coefficients = NDArray[np.int8]
 
 # Coefficients are sent as signed bytes, in 64ths.
 COEFFICIENT_UNIT = 64
@@ -44,6 +48,11 @@ class History(NamedTuple):
 
     decoded: Tensor
     digest: int
+
+    @classmethod
+    def made(cls, decoded: Tensor) -> "History":
+        """Of an update that has just been decoded."""
+        return cls(decoded, digest(decoded))
 
     @classmethod
     def of(cls, state: Mapping[str, Any], layout: Layout) -> "History":
@@ -72,13 +81,6 @@ class History(NamedTuple):
         return self.digest % 65535 + 1
 
 
-class Coefficients(NamedTuple):
-    """Of a group's prediction, in 64ths, from -127 to 127."""
-
-    previous: int = 0
-    own: int = 0
-
-
 class Sources(NamedTuple):
     """What is predicted from: the global update of the round before and the client's own last."""
 
@@ -97,108 +99,74 @@ def digest(flat: Tensor | None) -> int:
 
 
 class Fit(NamedTuple):
-    """What only the client works out.
+    """What only the clients work out, of K updates.
 
     Attributes:
-        coefficients: Of least squares, for each group.
-        energy: The update's, an element.
+        coefficients: Of least squares, for each group and source, in 64ths from -127 to 127: int8
+            (K, G, 2).
+        energies: Of each update, an element.
     """
 
-    coefficients: list[Coefficients]
-    energy: float
+    coefficients: Coefficients
+    energies: list[float]
 
 
-def fit(layout: Layout, update: Tensor, sources: Sources) -> Fit:
-    """How an update, fp32 (N,), is best predicted from the sources."""
-    products = torch.empty(len(layout.groups), NUM_PRODUCTS, dtype=torch.float64)
-    ops.source_products(update, sources.previous, sources.own, layout.ends, products)
-    rows = products.tolist()
-    energy = sum(row[-1] for row in rows) / layout.numel
-    return Fit([_solved(*row[:-1]) for row in rows], energy)
+def fit(
+    layout: Layout, updates: Tensor, previous: Tensor | None, own: Sequence[Tensor | None]
+) -> Fit:
+    """How each update, fp32 (K, N), is best predicted from its sources."""
+    found = torch.empty(len(updates), NUM_PRODUCTS * len(layout.groups), dtype=torch.float64)
+    ops.update_products(updates, previous, own, layout.ends, found)
+    products = found.view(len(updates), -1, NUM_PRODUCTS).numpy()
+    energies = products[:, :, -1].sum(axis=1) / layout.numel
+    return Fit(_solved(products), energies.tolist())
 
 
-def _solved(
-    previous: float, both: float, own: float, previous_update: float, own_update: float
-) -> Coefficients:
+def _solved(products: NDArray[np.float64]) -> Coefficients:
     """By Cramer's rule, of inner products in units of the sources' energy."""
+    previous, both, own, previous_update, own_update, _ = np.moveaxis(products, -1, 0)
     energy = previous + own
-    if not energy:
-        return Coefficients()
-    previous, both, own = previous / energy + RIDGE, both / energy, own / energy + RIDGE
-    previous_update, own_update = previous_update / energy, own_update / energy
+    unit = np.where(energy > 0, energy, 1.0)
+    previous, both, own = previous / unit + RIDGE, both / unit, own / unit + RIDGE
+    previous_update, own_update = previous_update / unit, own_update / unit
     determinant = previous * own - both * both
-    return Coefficients(
-        _in_units((previous_update * own - own_update * both) / determinant),
-        _in_units((own_update * previous - previous_update * both) / determinant),
+    numerators = np.stack(
+        (previous_update * own - own_update * both, own_update * previous - previous_update * both),
+        axis=-1,
     )
-
-
-def _in_units(coefficient: float) -> int:
-    return round(max(-127.0, min(127.0, COEFFICIENT_UNIT * coefficient)))
-
-
-def mean_squares(layout: Layout, update: Tensor, residual: Tensor) -> tuple[float, float]:
-    """Of the elements of both, fp32 (N,)."""
-    products = torch.empty(len(layout.groups), NUM_PRODUCTS, dtype=torch.float64)
-    ops.source_products(update, residual, None, layout.ends, products)
-    total = (products.sum(dim=0) / layout.numel).tolist()
-    return total[5], total[0]
-
-
-def prediction(layout: Layout, sources: Sources, coefficients: Sequence[Coefficients]) -> Tensor:
-    """Of all groups, fp32 (N,), within :data:`~commrt.ops.sources.MOST_PREDICTED`."""
-    predicted = torch.empty(layout.numel)
-    weights = [(p / COEFFICIENT_UNIT, o / COEFFICIENT_UNIT) for p, o in coefficients]
-    ops.source_prediction(sources.previous, sources.own, weights, layout.ends, predicted)
-    return predicted
-
-
-def energies(layout: Layout, sources: Sources) -> Tensor | None:
-    """How large each element's error is likely to be, squared and up to a factor; fp32 (N,)."""
-    if sources.is_empty:
-        return None
-    found = torch.empty(layout.numel)
-    ops.source_energies(sources.previous, sources.own, SHARED_WEIGHT, layout.matrices, found)
+    in_units = COEFFICIENT_UNIT * (numerators / determinant[..., None])
+    found: Coefficients = np.rint(in_units.clip(-127.0, 127.0)).astype(np.int8)
     return found
 
 
-def remember(decoded: Tensor, predicted: Tensor, rows: Tensor) -> History:
-    """What is kept of a decoded update (N,): its difference to what was predicted has less noise.
+def pack(coefficients: Coefficients, sources: Sources) -> bytes:
+    """Of (G, 2), one byte for each source that there is, group by group."""
+    return coefficients[:, _are_there(sources)].tobytes()
 
-    ``rows`` are those of its tables, which tell the variance.
-    """
-    kept = torch.empty(decoded.shape, dtype=torch.bfloat16)
-    ops.source_history(decoded, predicted, rows, _shares(), kept)
-    return History(kept, digest(kept))
+
+def unpack(reader: Reader, sources: Sources, num_groups: int) -> Coefficients:
+    """What :func:`pack` wrote; zeros for a source that is not there."""
+    there = _are_there(sources)
+    found = np.zeros((num_groups, len(there)), np.int8)
+    values = np.frombuffer(reader.take(num_groups * sum(there)), np.int8)
+    found[:, there] = values.reshape(num_groups, -1)
+    return found
+
+
+def _are_there(sources: Sources) -> list[bool]:
+    return [source is not None for source in sources]
 
 
 @functools.cache
-def _shares() -> Tensor:
-    """Of a difference, what is signal, by the scale of its table: fp32 (NUM_SCALES,)."""
+def shares() -> Tensor:
+    """Of what is decoded beyond the prediction, what is signal, by the scale of its table.
+
+    That much is kept of it for the next prediction: fp32 (NUM_SCALES,).
+    """
     root = math.sqrt(2.0)
-    shares = []
+    found = []
     for scale in range(NUM_SCALES):
         halves = 4 * (scale - UNIT_SCALE) // SCALES_PER_OCTAVE
         variance = math.ldexp(root if halves % 2 else 1.0, halves // 2)
-        shares.append(variance / (variance + ROUNDING))
-    return torch.tensor(shares, dtype=torch.float32)
-
-
-def pack(coefficients: Sequence[Coefficients], sources: Sources) -> bytes:
-    """One byte for each source that there is, group by group."""
-    return b"".join(
-        value.to_bytes(1, "little", signed=True)
-        for each in coefficients
-        for value, source in zip(each, sources, strict=True)
-        if source is not None
-    )
-
-
-def unpack(reader: Reader, sources: Sources, num_groups: int) -> list[Coefficients]:
-    """What :func:`pack` wrote."""
-    there = [source is not None for source in sources]
-    values = iter(reader.unpack(f"{num_groups * sum(there)}b"))
-    return [
-        Coefficients(*(int(next(values)) if is_there else 0 for is_there in there))
-        for _ in range(num_groups)
-    ]
+        found.append(variance / (variance + ROUNDING))
+    return torch.tensor(found, dtype=torch.float32)

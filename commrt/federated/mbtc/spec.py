@@ -2,14 +2,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from commrt.errors import ConfigError
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc.client import MbtcClient
+from commrt.federated.mbtc.encoding import encode_all
 from commrt.federated.mbtc.rate import MOST_BITS
 from commrt.federated.mbtc.server import MbtcServer
 from commrt.federated.peers import ALONE, Peers
-from commrt.federated.uplink import Uplink
+from commrt.federated.uplink import Client, Uplink
 from commrt.ops.dither import LATTICES
 
 
@@ -96,6 +100,27 @@ class Mbtc(Uplink):
     def client(self, layout: Layout, client: int, *, seed: int = 0) -> "MbtcClient":
         """See :meth:`Uplink.client`."""
         return MbtcClient(self, layout, client, seed)
+
+    def encode(
+        self,
+        clients: Sequence[Client],
+        round_index: int,
+        updates: Tensor,
+        parameters: Sequence[bytes],
+        previous: Tensor | None = None,
+    ) -> list[bytes]:
+        """See :meth:`Uplink.encode`.
+
+        Raises:
+            ConfigError: As there; or a client is of another uplink or layout.
+        """
+        own = [client for client in clients if isinstance(client, MbtcClient)]
+        kinds = {(client.codec, client.layout.digest) for client in own}
+        if len(own) != len(clients) or len(kinds) > 1 or any(codec != self for codec, _ in kinds):
+            raise ConfigError(f"clients of {len(kinds)} uplinks or layouts: must be of {self.spec}")
+        if not own:
+            return []
+        return encode_all(self, own[0].layout, own, round_index, updates, parameters, previous)
 
     def server(self, layout: Layout, *, seed: int = 0, peers: Peers = ALONE) -> "MbtcServer":
         """See :meth:`Uplink.server`; it is shared by clients, and what is joint by blocks."""

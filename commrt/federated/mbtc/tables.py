@@ -32,7 +32,7 @@ class Tables:
         self._rows: Tensor | None = None
 
     def count(self, codes: Tensor, contexts: Tensor) -> None:
-        """Take a client's codes, int16 (N,), and their contexts."""
+        """Take clients' codes, int16 (K, N), and their contexts."""
         self._has_fresh = True
         ops.rans_count_(self._fresh, codes, contexts, self._ends)
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from commrt.ops import reference
-from commrt.ops.native import blocks, dither, patches, polar, rans, sources, steps
+from commrt.ops.native import blocks, dither, patches, polar, rans, sources, steps, updates
 from commrt.ops.native.module import native, status, through_shim, why_no_cuda
 
 __all__ = ["native", "status", "through_shim"]
 
-_FAMILIES = (blocks, dither, patches, polar, rans, sources, steps)
+_ONLY_CPU = (patches, rans, sources, updates)
+_FAMILIES = (blocks, dither, patches, polar, rans, sources, steps, updates)
 
 
 def _on_gpu(kernel: Callable[..., None]) -> Callable[..., None]:
@@ -42,7 +43,7 @@ def _register() -> torch.library.Library:
         library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
         torch.library.register_fake(f"commrt::{name}", lambda *args: None, lib=library)
     if native is not None:
-        for kernel in (*patches.CPU_KERNELS, *rans.CPU_KERNELS, *sources.CPU_KERNELS):
+        for kernel in itertools.chain(*(family.CPU_KERNELS for family in _ONLY_CPU)):
             library.impl(kernel.__name__, kernel, "CPU")
         for kernel in itertools.chain.from_iterable(family.KERNELS for family in _FAMILIES):
             library.impl(kernel.__name__, kernel, "CPU")

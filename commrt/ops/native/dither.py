@@ -16,7 +16,7 @@ SCHEMAS = (
     "lmmse_combine(Tensor stack, Tensor weights, Tensor(a!) out) -> ()",
 )
 
-_LATTICE_CODE = {"z": 0, "e8": 1}
+LATTICE_CODE = {"z": 0, "e8": 1}
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -39,7 +39,7 @@ def dither_quantise(
         codes.data_ptr(),
         values.numel(),
         step,
-        native.Dither(_LATTICE_CODE[lattice], seed, first_index),
+        native.Dither(LATTICE_CODE[lattice], seed, first_index),
         where(values),
     )
 
@@ -60,7 +60,7 @@ def dither_dequantise(
         values.data_ptr(),
         codes.numel(),
         step,
-        native.Dither(_LATTICE_CODE[lattice], seed, first_index),
+        native.Dither(LATTICE_CODE[lattice], seed, first_index),
         where(codes),
     )
 
@@ -87,7 +87,7 @@ def scale_rows(
         _address(contexts),
         rows.data_ptr(),
         rows.numel(),
-        native.Dither(_LATTICE_CODE[lattice], seed, first_index),
+        native.Dither(LATTICE_CODE[lattice], seed, first_index),
         where(rows),
     )
 

@@ -17,6 +17,11 @@ SCHEMAS = (
 )
 
 
+def _vectors(codes: Tensor) -> tuple[int, int]:
+    """How many, and elements of each."""
+    return (1, codes.numel()) if codes.dim() == 1 else (codes.shape[0], codes.shape[1])
+
+
 def rans_encode(
     codes: Tensor,
     rows: Tensor,
@@ -32,7 +37,7 @@ def rans_encode(
     native.rans_encode(
         codes.data_ptr(),
         rows.data_ptr(),
-        codes.numel(),
+        *_vectors(codes),
         starts.data_ptr(),
         starts.shape[0],
         lanes,
@@ -62,7 +67,7 @@ def rans_decode(
         words.shape[1],
         lengths.data_ptr(),
         rows.data_ptr(),
-        codes.numel(),
+        *_vectors(codes),
         starts.data_ptr(),
         starts.shape[0],
         lanes,
@@ -78,6 +83,7 @@ def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: list[int]) ->
     found = native.rans_count(
         codes.data_ptr(),
         rows.data_ptr(),
+        *_vectors(codes),
         ends,
         counts.shape[1],
         counts.data_ptr(),

@@ -33,6 +33,13 @@ from commrt.ops.reference.sources import (
     source_products,
 )
 from commrt.ops.reference.steps import adam_mini_, adamw_, adan_, lion_, mofo_, square_sums
+from commrt.ops.reference.updates import (
+    update_add_,
+    update_codes,
+    update_products,
+    update_rows,
+    update_values,
+)
 
 __all__ = [
     "STREAM_CODES",
@@ -69,4 +76,9 @@ __all__ = [
     "source_prediction",
     "source_products",
     "square_sums",
+    "update_add_",
+    "update_codes",
+    "update_products",
+    "update_rows",
+    "update_values",
 ]

@@ -34,8 +34,10 @@ def rans_encode(
     num_escaped: Tensor | None,
 ) -> None:
     """See :func:`commrt.ops.rans_encode`."""
-    for segment, check in enumerate(checks.tolist()):
-        window = slice(segment * RANS_SEGMENT, (segment + 1) * RANS_SEGMENT)
+    windows = _windows(codes)
+    codes, rows = codes.view(-1), rows.view(-1)
+    escaped = None if escaped is None else escaped.view(-1)
+    for segment, (window, check) in enumerate(zip(windows, checks.tolist(), strict=True)):
         some = _Escaped(codes[window], None)
         if escaped is not None and _are_rows(rows[window], starts):
             some = _escape(codes[window], rows[window], starts)
@@ -54,10 +56,11 @@ def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: list[int]) ->
     """See :func:`commrt.ops.rans_count_`."""
     if rows.numel() and not bool(((rows >= 0) & (rows < counts.shape[1])).all()):
         raise outside(rows, counts.shape[1])
-    index = rows.long() * SYMBOLS + _symbols(codes)
+    index_KN = (rows.long() * SYMBOLS + _symbols(codes)).view(-1, codes.shape[-1])
     begin = 0
     for part, end in zip(counts, ends, strict=True):
-        part += index[begin:end].bincount(minlength=part.numel()).view_as(part)
+        index = index_KN[:, begin:end].flatten()
+        part += index.bincount(minlength=part.numel()).view_as(part)
         begin = end
 
 
@@ -72,8 +75,9 @@ def rans_decode(
     used: Tensor,
 ) -> None:
     """See :func:`commrt.ops.rans_decode`."""
-    for segment, length in enumerate(lengths.tolist()):
-        window = slice(segment * RANS_SEGMENT, (segment + 1) * RANS_SEGMENT)
+    windows = _windows(codes)
+    codes, rows = codes.view(-1), rows.view(-1)
+    for segment, (window, length) in enumerate(zip(windows, lengths.tolist(), strict=True)):
         codes[window] = 0
         checks[segment] = 0
         used[segment] = -1
@@ -83,6 +87,16 @@ def rans_decode(
             if found is not None:
                 codes[window] = torch.tensor(found[0]).to(codes)
                 checks[segment], used[segment] = found[1:]
+
+
+def _windows(codes: Tensor) -> list[slice]:
+    """Where each segment lies, in all vectors one behind the other."""
+    numel = codes.shape[-1]
+    return [
+        slice(at + first, at + min(first + RANS_SEGMENT, numel))
+        for at in range(0, codes.numel(), max(numel, 1))
+        for first in range(0, numel, RANS_SEGMENT)
+    ]
 
 
 class _Escaped(NamedTuple):
