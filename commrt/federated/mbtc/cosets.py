@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from commrt.codecs.entropy import code_length
+from commrt.errors import ConfigError
 from commrt.federated.covariance import CovarianceStore, successive_side_information
 from commrt.federated.gaussian import Array, factored
 from commrt.federated.layout import Layout
@@ -20,6 +21,7 @@ from commrt.federated.mbtc.parameters import Plane
 from commrt.federated.mbtc.plan import Plan
 from commrt.federated.mbtc.sharing import BITS, FAILED, WHOLE, JointDecoding
 from commrt.federated.mbtc.side import ROUNDING
+from commrt.federated.peers import Peers
 
 if TYPE_CHECKING:
     from commrt.federated.mbtc.received import Received
@@ -105,12 +107,32 @@ class Cosets:
                 covariances[index] = covariance
         return Plan(order, list(zip(*by_group, strict=True)), covariances)
 
-    def refine_(self, mean: Tensor, shares: Sequence[float], ended: Sequence[Ended]) -> float:
-        """Make ``mean`` the linear estimate of least error, unless a block is missing.
+    def check(self, cohort: Sequence[int]) -> None:
+        """Raise :class:`ConfigError` for a cohort that is too large."""
+        if self._codec.combine == "lmmse" and len(cohort) > MOST_CLIENTS:
+            raise ConfigError(
+                f"combine='lmmse' of {len(cohort)} clients: must be {MOST_CLIENTS} at most"
+            )
 
-        Returns:
-            The expected alignment, on average over all elements.
+    def refine_(
+        self, mean: Tensor, shares: Sequence[float], ended: Sequence[Ended], peers: Peers
+    ) -> dict[str, float]:
+        """Make ``mean`` what is asked for, at all peers; the first one's figures of it.
+
+        That is, with ``combine="lmmse"``, the linear estimate of least error, unless a block is
+        missing, and the expected alignment, on average over all elements.
         """
+        if self._codec.combine == "mean":
+            return {}
+        report, frames = dict[str, float](), None
+        if peers.rank == 0:
+            report["alignment"] = self._estimate_(mean, shares, ended)
+            frames = {0: mean.numpy().tobytes()} if peers.size > 1 else {}
+        for estimate in peers.broadcast(frames).values():
+            mean.copy_(torch.frombuffer(bytearray(estimate), dtype=torch.float32))
+        return report
+
+    def _estimate_(self, mean: Tensor, shares: Sequence[float], ended: Sequence[Ended]) -> float:
         if not self.covariances[0].clients or any(each.missing for each in ended):
             return 1.0
         clients, noise, residuals = _stacked(ended)

@@ -6,10 +6,9 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from commrt.errors import ConfigError, StateError, WireFormatError
+from commrt.errors import StateError, WireFormatError
 from commrt.federated.cohort import Round, RoundServer
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, plan, side
@@ -17,7 +16,7 @@ from commrt.federated.mbtc.cosets import MOST_CLIENTS, Cosets
 from commrt.federated.mbtc.ended import Ended, gathered
 from commrt.federated.mbtc.parameters import Parameters
 from commrt.federated.mbtc.plan import NO_PLAN, Plan
-from commrt.federated.mbtc.rate import MOST_BITS, Coded, Energy, RateControl
+from commrt.federated.mbtc.rate import Coded, Energy, RateControl, check_budgets
 from commrt.federated.mbtc.received import (
     Frame,
     Received,
@@ -101,7 +100,8 @@ class MbtcServer(RoundServer):
                 large for ``combine="lmmse"``.
         """
         running = Round(round_index, cohort, weights)
-        self._check(running, budgets)
+        self._cosets.check(running.cohort)
+        check_budgets(running.cohort, budgets)
         known = self._mean if previous is None else self._layout.check(previous, "previous").clone()
         told, plan, frames = dict[int, Parameters](), None, None
         if self._peers.rank == 0:
@@ -184,9 +184,11 @@ class MbtcServer(RoundServer):
         self._peers.sum_(mean.total)
         for tables in self._tables.values():
             tables.close_round(self._peers)
-        self._close_joint(running, shares, mean)
+        if self._joint.is_running:
+            missing = self._joint.close(self._received)
+            mean.added = [(share, missing.get(running.place(c), ())) for c, share in shares.items()]
         self._mean = mean.mean()
-        report = self._refine_(self._mean, shares, ended) if self._codec.combine == "lmmse" else {}
+        report = self._cosets.refine_(self._mean, list(shares.values()), ended, self._peers)
         if self._peers.rank == 0:
             report |= self._learn(running, shares, ended)
         self._start_round(None, {}, NO_PLAN)
@@ -234,19 +236,6 @@ class MbtcServer(RoundServer):
         self._cosets.load_state_dict(state["cosets"])
         mean = state["mean"]
         self._mean = None if mean is None else self._layout.check(mean, "mean").clone()
-
-    def _check(self, running: Round, budgets: Mapping[int, float] | None) -> None:
-        count = len(running.cohort)
-        if self._codec.combine == "lmmse" and count > MOST_CLIENTS:
-            raise ConfigError(f"combine='lmmse' of {count} clients: must be {MOST_CLIENTS} at most")
-        if budgets is not None:
-            wrong = {
-                client: budgets.get(client)
-                for client in running.cohort
-                if not 0 < budgets.get(client, 0) <= MOST_BITS
-            }
-            if wrong:
-                raise ConfigError(f"budgets of clients are {wrong}: must be in (0, {MOST_BITS:g}]")
 
     def _plan(
         self, running: Round, budgets: Mapping[int, float] | None, *, has_previous: bool
@@ -400,25 +389,6 @@ class MbtcServer(RoundServer):
                 continue
             for update in updates:
                 tables.count(*(each[None] for each in update.how.scalar(update.codes)))
-
-    def _close_joint(self, running: Round, shares: Mapping[int, float], mean: ExactMean) -> None:
-        """All peers know which blocks could not be decided, and the first what it has to learn."""
-        if self._joint.is_running:
-            missing = self._joint.missing(self._received)
-            mean.added = [(share, missing.get(running.place(c), ())) for c, share in shares.items()]
-            self._joint.close()
-
-    def _refine_(
-        self, mean: Tensor, shares: Mapping[int, float], ended: Sequence[Ended]
-    ) -> dict[str, float]:
-        """Make ``mean`` at all peers what the first estimates, which has a figure of it."""
-        report, frames = dict[str, float](), None
-        if self._peers.rank == 0:
-            report["alignment"] = self._cosets.refine_(mean, list(shares.values()), ended)
-            frames = {0: mean.numpy().tobytes()} if self._peers.size > 1 else {}
-        for refined in self._peers.broadcast(frames).values():
-            mean.copy_(torch.frombuffer(bytearray(refined), dtype=torch.float32))
-        return report
 
     def _learn(
         self, running: Round, shares: Mapping[int, float], ended: Sequence[Ended]

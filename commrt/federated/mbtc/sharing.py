@@ -64,8 +64,8 @@ def divided(counts: Mapping[int, int], size: int) -> list[dict[int, range]]:
 class JointDecoding:
     """A round's joint decoding.
 
-    Peers: all call :meth:`decode`, :meth:`all_frames`, :meth:`missing` and :meth:`close` together,
-    and the rest each one for the clients that it is home to.
+    Peers: all call :meth:`decode`, :meth:`all_frames` and :meth:`close` together, and the rest each
+    one for the clients that it is home to.
 
     Args:
         layout: Of the updates.
@@ -166,8 +166,15 @@ class JointDecoding:
         else:
             self._answers[owner].append(struct.pack("<6q", place, *wanted) + sent)
 
-    def missing(self, received: "Mapping[int, Received]") -> dict[int, list[slice]]:
-        """The parts of the flat vector that are not decoded of all peers' updates, by place."""
+    def close(self, received: "Mapping[int, Received]") -> dict[int, list[slice]]:
+        """Add up what all peers counted, since no block will be decided any more.
+
+        Returns:
+            The parts of the flat vector that are not decoded of all peers' updates, by place.
+        """
+        for group, joint in self._own.items():
+            self.counts[group, FAILED] = joint.failed
+        self._peers.sum_(self.counts)
         own = [
             (place, part.start, part.stop)
             for place, update in received.items()
@@ -178,13 +185,6 @@ class JointDecoding:
             for place, *ends in np.frombuffer(gathered, dtype=np.int64).reshape(-1, 3).tolist():
                 missing.setdefault(place, []).append(slice(*ends))
         return missing
-
-    def close(self) -> None:
-        """No block will be decided any more: add up what all peers counted."""
-        for group, joint in self._own.items():
-            self.counts[group, FAILED] = joint.failed
-        if self.is_running:
-            self._peers.sum_(self.counts)
 
     # -- between peers ----------------------------------------------------------------------------
 
