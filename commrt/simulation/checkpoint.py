@@ -39,15 +39,23 @@ def read(folder: Path) -> dict[str, Any]:
     """The checkpoint of a folder; tensors are mapped, so what nobody looks at takes no memory.
 
     Raises:
-        StateError: There is none, or it is damaged.
+        StateError: There is none, or it is damaged, or it is something else.
+
+    Cost: reads the file once for its checks.
     """
     path = folder / NAME
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as file:
+            changed = file.testzip()  # torch does not look at the checks that it writes
     except FileNotFoundError as error:
         raise StateError(f"no checkpoint at {path}") from error
     except (RuntimeError, EOFError, UnpicklingError, zipfile.BadZipFile) as error:
         raise StateError(f"{path} is damaged: {error}") from error
+    if changed is not None:
+        raise StateError(f"{path} is damaged: {changed} in it has changed")
+    if not isinstance(state, dict) or "config" not in state:
+        raise StateError(f"{path} is no checkpoint of such a run")
     return state
 
 
@@ -124,6 +132,12 @@ def read_clients(
                         skip_state(file)
         except UNREADABLE as error:
             raise StateError(f"{path} is damaged: {error}") from error
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoint of a folder, if there is one."""
+    (folder / NAME).unlink(missing_ok=True)
+    remove_others(folder, {})
 
 
 def remove_others(folder: Path, names: Mapping[str, int]) -> None:

@@ -114,6 +114,7 @@ class LocalTraining:
     Attributes:
         layout: Of the flat vector.
         sizes: Each client's number of examples.
+        num_examples: On how many each trains in a round, every epoch counted.
         way: ``"batched"``, ``"vmap"`` or ``"loop"``, see :mod:`commrt.simulation.gradients`.
         reason: Why it is no other way; empty for the first.
     """
@@ -141,6 +142,7 @@ class LocalTraining:
             granule=self._gradients.granule,
         )  # fmt: skip
         self.sizes = tuple(self._batches.sizes.tolist())
+        self.num_examples = tuple(self._batches.num_examples.tolist())
         shapes = [tuple(p.shape) for p in self._parameters.values()]
         self._descent = _Descent(config, shapes, self._gradients.width)
 

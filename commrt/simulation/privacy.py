@@ -79,9 +79,10 @@ class PrivacyConfig:
     def __post_init__(self) -> None:
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ConfigError(f"clip is {self.clip}: must be positive and finite")
-        if not 0 <= self.noise_multiplier < math.inf:
+        # Beyond, the accountant's numbers are none.
+        if self.noise_multiplier != 0 and not 1e-6 <= self.noise_multiplier <= 1e6:
             raise ConfigError(
-                f"noise_multiplier is {self.noise_multiplier}: must be at least 0 and finite"
+                f"noise_multiplier is {self.noise_multiplier}: must be 0 or from 1e-6 to 1e6"
             )
         if self.delta is not None and not 0 < self.delta < 1:
             raise ConfigError(f"delta is {self.delta}: must be above 0 and below 1")

@@ -3,9 +3,9 @@
     caller --forkserver--> rank 0 .. N-1:  init_process_group(FileStore)  fn(*args)  barrier
            <---- pipe ---- value of each       <---- log file ---- output, tracebacks, stacks
 
-The forkserver has torch loaded, so after the first call in a process (which loads it, seconds)
-ranks start in a fraction of a second. The store is a file in a temporary directory: tests can run
-in parallel under pytest-xdist.
+The forkserver has torch and commrt loaded, and pytest and hypothesis if the caller has, so after
+the first call in a process (which loads them, seconds) ranks start in a fraction of a second. The
+store is a file in a temporary directory: tests can run in parallel under pytest-xdist.
 """
 
 import contextlib
@@ -14,12 +14,14 @@ import multiprocessing
 import os
 import pickle
 import signal
+import sys
 import tempfile
 import textwrap
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,22 @@ _GRACE_S = 2.0
 # Ranks whose parent was killed end themselves, this long after the parent would have ended them.
 _ORPHAN_S = 30.0
 
-_context = multiprocessing.get_context("forkserver")
+# Of what a rank would import, what takes more than a tenth of a second.
+_PRELOADED = (
+    *("torch", "torch._dynamo", "torch.distributed", "torch.distributed.checkpoint"),
+    *("torch.distributed.fsdp", "commrt.hooks", "commrt.optim", __name__),
+)
+_PRELOADED_IF_USED = ("pytest", "hypothesis")
+
+Starting = ForkServerContext | SpawnContext
+
+
+def _settings() -> dict[str, str]:
+    """What commrt reads of the environment when it is loaded, and some more."""
+    return {name: value for name, value in os.environ.items() if name.startswith("COMMRT_")}
+
+
+_SETTINGS = _settings()
 
 
 class RankError(RuntimeError):
@@ -93,9 +110,8 @@ def run_ranks(
         raise ValueError(f"world_size must be at least 1, not {world_size}")
     # Pickled here rather than by multiprocessing, which would put tensors in shared memory.
     call = pickle.dumps((fn, args))
-    _context.set_forkserver_preload(["torch", "torch._dynamo", "torch.distributed", __name__])
     with tempfile.TemporaryDirectory(prefix="commrt-ranks-") as directory:
-        ranks = _Ranks(Path(directory))
+        ranks = _Ranks(Path(directory), _context())
         try:
             for rank in range(world_size):
                 ranks.start(rank, world_size, backend, timeout_s, call)
@@ -105,11 +121,21 @@ def run_ranks(
             ranks.print_logs()
 
 
+def _context() -> Starting:
+    """Of the forkserver, unless what it has loaded was to be loaded with other settings."""
+    if _settings() != _SETTINGS:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    used = [name for name in _PRELOADED_IF_USED if name in sys.modules]
+    context.set_forkserver_preload([*_PRELOADED, *used])
+    return context
+
+
 class _Ranks:
     """The processes of one call, as their parent sees them."""
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, context: Starting) -> None:
+        self.directory, self.context = directory, context
         self.processes: list[BaseProcess] = []
         self.outcomes: list[Connection] = []
         self.failures: dict[int, str] = {}
@@ -117,8 +143,8 @@ class _Ranks:
     def start(
         self, rank: int, world_size: int, backend: str, timeout_s: float, call: bytes
     ) -> None:
-        receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(
+        receiver, sender = self.context.Pipe(duplex=False)
+        process = self.context.Process(
             target=_rank_main,
             args=(rank, world_size, backend, timeout_s, call, sender, self.directory),
             kwargs={"environ": dict(os.environ)},

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from commrt.codecs import code_tables, entropy
-from commrt.codecs.entropy import decode_codes, encode_codes
+from commrt.codecs.entropy import decode_codes, decode_vectors, encode_codes, encode_vectors
 from commrt.errors import ConfigError, WireFormatError
 from commrt.ops.rans import RANS_SEGMENT, SLOTS
 from tests.native import cases
@@ -198,6 +198,24 @@ def test_payloads_of_other_rows_are_refused() -> None:
 
 ESCAPED = torch.tensor([0, 100, 0], dtype=torch.int16)
 BODY = encode_codes(ESCAPED, ESCAPED * 0)[:-2]
+
+
+@pytest.mark.parametrize("numel", [40, 300_000])
+def test_vectors_are_coded_as_if_alone(numel: int) -> None:
+    """Of which some have codes that escape, and one has none."""
+    codes, rows = (flat.view(4, numel) for flat in hashed(4 * numel))
+    codes = codes.clone()
+    codes[2] = 0
+    payloads = encode_vectors(codes, rows)
+    assert payloads == [encode_codes(*each) for each in zip(codes, rows, strict=True)]
+    assert torch.equal(decode_vectors(payloads, rows), codes)
+    for damaged in (payloads[1][:-1], payloads[1] + b"\x00", payloads[1][:-1] + b"\x80", b""):
+        with pytest.raises(WireFormatError):
+            decode_vectors([payloads[0], damaged, *payloads[2:]], rows)
+    tail = len(payloads[0]) - 1
+    moved = [payloads[0][:tail], payloads[1] + payloads[0][tail:], *payloads[2:]]
+    with pytest.raises(WireFormatError):  # as many numbers as escaped, but of other vectors
+        decode_vectors(moved, rows)
 
 
 @pytest.mark.parametrize(

@@ -214,7 +214,13 @@ def test_noise_fits_into_a_secure_sum() -> None:
     ("sections", "says"),
     [
         ({"privacy": {"clip": 0}}, "privacy: clip is 0.0: must be positive"),
-        ({"privacy": {"noise_multiplier": -1}}, "privacy: noise_multiplier is -1.0: must be at"),
+        *(
+            (
+                {"privacy": NOISE | {"noise_multiplier": z}},
+                "privacy: noise_multiplier is .*: must be 0",
+            )
+            for z in (-1, 1e-300, 1e9, math.inf, math.nan)
+        ),
         ({"privacy": {"delta": 1}}, "privacy: delta is 1.0: must be above 0 and below 1"),
         ({"privacy": {"noise_multiplier": 1, "clip": 1}}, "privacy: delta is missing"),
         ({"privacy": {"noise_multiplier": 1, "delta": 1e-3}}, "privacy: clip is missing"),
