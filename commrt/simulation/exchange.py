@@ -119,16 +119,18 @@ class Rounds(Exchange):
         """See :meth:`Exchange.decode`."""
         here = [each.client for each in step.updates if self.home(each.client) == self._ranks.rank]
         self._server.receive_all({client: self._payloads.pop(client) for client in here})
-        if self._server.is_shared:
-            return self._finish(0)
+        is_here = self._server.is_shared or self._ranks.is_root
         asked = set[int]()
-        while (
-            found := answers(self._server.requests() if self._ranks.is_root else None)
-        ) is not None:
-            asked |= found.keys()
+        while True:
+            requests = self._server.requests() if is_here else {}
+            asked |= requests.keys()
+            found = answers(requests if self._ranks.is_root else None)
+            if found is None:
+                break
             self._server.receive_all(found)
-        mean = self._finish(len(asked)) if self._ranks.is_root else torch.empty(self._layout.numel)
-        self._ranks.broadcast_(mean)
+        mean = self._finish(len(asked)) if is_here else torch.empty(self._layout.numel)
+        if not self._server.is_shared:
+            self._ranks.broadcast_(mean)
         return mean
 
     def _finish(self, asked: int) -> Tensor:

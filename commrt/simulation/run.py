@@ -289,7 +289,7 @@ class Run:
         return {self._metric: self.training.evaluate(weights)}
 
     def _answers(self, requests: Mapping[int, bytes] | None) -> dict[int, bytes] | None:
-        """What clients answer, at the first rank; None once nobody is asked any more."""
+        """What clients answer, where it is decoded; None once nobody is asked any more."""
         asked = self._ranks.broadcast(requests)
         if not asked:
             return None

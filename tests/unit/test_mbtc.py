@@ -15,6 +15,7 @@ from commrt.federated.mbtc import plan
 from commrt.federated.mbtc.client import MbtcClient
 from commrt.federated.mbtc.coding import read_codes
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters, Plane
+from commrt.federated.mbtc.rate import Coded, RateControl
 from commrt.federated.mbtc.requests import Wanted, read_request, write_request
 from commrt.federated.mbtc.server import MbtcServer
 from commrt.federated.mean import ExactMean
@@ -238,6 +239,18 @@ def test_missing_bits_are_asked_for() -> None:
     assert aggregate.traffic.answer_bytes > 0
     assert aggregate.report["missing_blocks"] == 0
     assert torch.equal(aggregate.mean, alone.round().mean)
+
+
+def test_rates_are_learned_from_answers_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = Cohort(f"mbtc:nmse=0.02,memory=False,block={BLOCK}", rho=0.99)
+    cohort.round()
+    lacking(cohort)
+    cohort.send(cohort.updates())
+    assert cohort.answer() > 0
+    learned = dict[int, Coded]()
+    monkeypatch.setattr(RateControl, "learn", lambda _, coded: learned.update(coded))
+    bits = cohort.finish().traffic.uplink_bytes * 8 / LAYOUT.numel
+    assert sum(each.bits for each in learned.values()) == pytest.approx(bits)
 
 
 def test_a_block_that_lacks_bits_is_left_out_at_the_deadline() -> None:

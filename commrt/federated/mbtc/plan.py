@@ -3,8 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,23 @@ NEGLIGIBLE_BITS, NEGLIGIBLE_MODULO_BITS = 0.01, 1.0
 SIGMAS_PER_OCTAVE = 32
 # Its multiples, less their whole parts, are spread evenly.
 GOLDEN_RATIO = 0.6180339887498949
+
+
+class Plan(NamedTuple):
+    """A round's joint decoding.
+
+    Attributes:
+        order: Places, the first to be decoded first.
+        planes: Of each place and group.
+        covariances: float64 (K, K), of the residuals of each group that is decoded jointly.
+    """
+
+    order: Sequence[int]
+    planes: Sequence[tuple[tuple[Plane, ...], ...]]
+    covariances: Mapping[int, NDArray[np.float64]]
+
+
+NO_PLAN = Plan((), (), {})
 
 
 def order_of(cohort: Sequence[int], round_index: int, planned: Planned | None) -> list[int]:
