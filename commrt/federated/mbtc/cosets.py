@@ -1,5 +1,6 @@
 """Joint decoding, round by round: when to, with what, and what came of it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,8 @@ from torch import Tensor
 from commrt.codecs.entropy import code_length
 from commrt.errors import ConfigError
 from commrt.federated.covariance import CovarianceStore, successive_side_information
-from commrt.federated.gaussian import Array, factored
+from commrt.federated.gaussian import Array
 from commrt.federated.layout import Layout
-from commrt.federated.limits import sum_rate
 from commrt.federated.mbtc import plan
 from commrt.federated.mbtc.combine import lmmse_mean_
 from commrt.federated.mbtc.ended import Ended
@@ -265,8 +265,12 @@ def _there(residual: Tensor | None) -> Tensor:
     return residual
 
 
-def _limits(covariance: Array, noise: NDArray[np.float64]) -> tuple[float, float]:
-    """Bits a weight and client that Gaussian residuals need: without each other, and jointly."""
-    model = factored(covariance)
-    alone = np.log2(1 + model.variances / noise) / 2
-    return float(alone.mean()), sum_rate(model, noise) / len(noise)
+def _limits(covariance: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
+    """Bits a weight and client that Gaussian residuals need: without each other, and jointly.
+
+    The latter is :func:`commrt.federated.limits.sum_rate`, for a covariance that is dense.
+    """
+    relative = covariance / noise
+    alone = np.log2(1 + np.diagonal(relative)) / 2
+    _, log_det = np.linalg.slogdet(np.eye(len(noise)) + relative)
+    return float(alone.mean()), float(log_det) / (2 * math.log(2) * len(noise))
