@@ -452,6 +452,14 @@ def test_an_update_that_is_coded_twice() -> None:
     assert cohort.round().clients == (0, 1)
 
 
+def test_bits_are_kept_with_joint_decoding() -> None:
+    """Finer steps than in the round before do not make cosets look dear: they go on."""
+    cohort = Cohort(f"mbtc:bits=3,memory=False,block={BLOCK}", count=9, rho=0.9)
+    rounds = [cohort.round() for _ in range(8)][4:]
+    assert [each.report["joint_groups"] for each in rounds] == [1.0] * 4
+    assert all(2.7 < each.bits < 3.3 for each in rounds)
+
+
 def test_parts_that_only_light_clients_have() -> None:
     total = ExactMean(6, 1.0, 2)
     total.add(torch.zeros(1, 6), [1 - 1e-9], [[slice(0, 3)]])

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from commrt.federated.mbtc.received import Received
     from commrt.federated.mbtc.spec import Mbtc
 
+Floats = NDArray[np.float64]
+
 # Of blocks, that cannot be decided at once: where more and fewer bits cost about the same.
 WANTED_FAILURES = 0.05
 MARGIN_STEP = 0.5
@@ -43,13 +45,14 @@ class Record:
     """What was learned of a group in the rounds before.
 
     Attributes:
-        bits_alone: Bits a weight that its codes take without the other clients.
+        excess: Bits a weight that its codes take without the other clients, beyond those that a
+            Gaussian of their variance needs: of steps to come, too.
         margin: Of the bits that are sent beyond the entropy, how many more, as a share.
         rest: Rounds in which it is to be coded alone.
     """
 
     def __init__(self) -> None:
-        self.bits_alone, self.margin, self.rest = 0.0, 0.0, 0
+        self.excess, self.margin, self.rest = 0.0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Its attributes."""
@@ -185,10 +188,12 @@ class Cosets:
             }
             if index in joint.plan.covariances:
                 self._learn_cosets(index, alone, joint)
-            if alone:
-                record.bits_alone = sum(alone.values()) / len(alone)
             self.covariances[index].update(clients, group.of(residuals).numpy(), noise)
-            limits += group.numel * np.array(_limits(self._covariance(index, clients), noise))
+            covariance = self._covariance(index, clients)
+            if alone:
+                needed = _bits_alone(covariance, noise)
+                record.excess = sum(alone.values()) / len(alone) - float(needed.mean())
+            limits += group.numel * np.array(_limits(covariance, noise))
         independent, jointly = limits / self._layout.numel
         return {
             "limit_independent": float(independent),
@@ -230,8 +235,9 @@ class Cosets:
     ) -> list[tuple[Plane, ...]]:
         noise = np.square(steps) * ROUNDING
         _, variances = successive_side_information(covariance, noise, order)
+        alone = _bits_alone(covariance, noise) + record.excess
         return plan.planes_of_group(
-            self._codec, np.sqrt(variances) / steps, order, record.bits_alone, record.margin
+            self._codec, np.sqrt(variances) / steps, order, alone, record.margin
         )
 
     def _covariance(self, index: int, clients: Sequence[int]) -> Array:
@@ -247,13 +253,14 @@ class Cosets:
         failed = gain = 0.0
         if sent:
             saved = sum(alone[place] - bits for place, bits in sent.items())
-            asked = counts[BITS] + round(record.bits_alone * block) * counts[WHOLE]
+            usual = sum(alone.values()) / len(alone)
+            asked = counts[BITS] + round(usual * block) * counts[WHOLE]
             failed = counts[FAILED] / (group.numel // block * len(sent))
             gain = (saved - asked / group.numel) / len(sent)
         record.learn(failed, gain, self._codec.least_gain)
 
 
-def _stacked(ended: Sequence[Ended]) -> tuple[list[int], NDArray[np.float64], Tensor]:
+def _stacked(ended: Sequence[Ended]) -> tuple[list[int], Floats, Tensor]:
     """The clients, the variances of their noises, and their residuals, fp32 (K, N)."""
     clients = [each.client for each in ended]
     noise = np.array([each.coded.noise for each in ended])
@@ -265,12 +272,17 @@ def _there(residual: Tensor | None) -> Tensor:
     return residual
 
 
-def _limits(covariance: NDArray[np.float64], noise: NDArray[np.float64]) -> tuple[float, float]:
+def _limits(covariance: Floats, noise: Floats) -> tuple[float, float]:
     """Bits a weight and client that Gaussian residuals need: without each other, and jointly.
 
     The latter is :func:`commrt.federated.limits.sum_rate`, for a covariance that is dense.
     """
-    relative = covariance / noise
-    alone = np.log2(1 + np.diagonal(relative)) / 2
-    _, log_det = np.linalg.slogdet(np.eye(len(noise)) + relative)
+    _, log_det = np.linalg.slogdet(np.eye(len(noise)) + covariance / noise)
+    alone = _bits_alone(covariance, noise)
     return float(alone.mean()), float(log_det) / (2 * math.log(2) * len(noise))
+
+
+def _bits_alone(covariance: Floats, noise: Floats) -> Floats:
+    """Bits a weight that each client's Gaussian residual needs without the others."""
+    bits: Floats = np.log2(1 + np.diagonal(covariance) / noise) / 2
+    return bits

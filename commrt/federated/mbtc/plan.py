@@ -65,7 +65,7 @@ def planes_of_group(
     codec: "Mbtc",
     sigmas: NDArray[np.float64],
     order: Sequence[int],
-    bits_alone: float,
+    bits_alone: NDArray[np.float64],
     margin: float,
 ) -> list[tuple[Plane, ...]]:
     """The planes of each place; an empty tuple where a client is better coded alone.
@@ -74,14 +74,14 @@ def planes_of_group(
         codec: Its block, anchors and least gain.
         sigmas: (K,), in steps: what remains unknown of each residual, given those before it.
         order: In which they will be decoded.
-        bits_alone: Bits a weight without cosets.
+        bits_alone: (K,), bits a weight without cosets.
         margin: See :func:`commrt.codecs.polar.bits_needed`.
     """
     planes: list[tuple[Plane, ...]] = [()] * len(order)
     for place in order[num_anchors(codec, len(order)) :]:
         is_modulo = codec.joint == "modulo"
         chosen = planes_for(float(sigmas[place]), codec.block, margin, is_modulo=is_modulo)
-        if bits_alone - bits_of(chosen, codec.block) > codec.least_gain:
+        if bits_alone[place] - bits_of(chosen, codec.block) > codec.least_gain:
             planes[place] = chosen
     return planes
 
