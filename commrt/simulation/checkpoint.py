@@ -26,13 +26,18 @@ _CLIENT = struct.Struct("<q")
 
 def write(folder: Path, state: dict[str, Any]) -> None:
     """Replace the checkpoint of a folder, all of whose files of clients are there."""
-    partial = folder / f"{NAME}.partial"
+    replace(folder / NAME, state)
+
+
+def replace(path: Path, value: Any) -> None:
+    """Write a file of torch in the place of another one: whole, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        torch.save(state, file)
+        torch.save(value, file)
         _flush(file)
-    _sync(folder)
-    partial.replace(folder / NAME)
-    _sync(folder)
+    _sync(path.parent)
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def read(folder: Path) -> dict[str, Any]:

@@ -67,7 +67,7 @@ def run_job(
         with _reporting(run, ranks, out, tensorboard=tensorboard) as report:
             run.carry_out(report, out)
         if ranks.is_root and out is not None:
-            torch.save(run.layout.split(run.weights), out / MODEL)
+            checkpoint.replace(out / MODEL, run.layout.split(run.weights))
     return 0
 
 
