@@ -10,6 +10,9 @@ from commrt.federated.mean import ExactMean
 from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Server, Traffic
 
+# What is kept of decoded updates between receive() and finish(); beyond, they are decoded again.
+MOST_KEPT_BYTES = 1 << 28
+
 
 class Round:
     """The running round.

@@ -109,10 +109,15 @@ def test_any_number_of_peers(spec: str, count: int) -> None:
         assert set.union(*histories) == set(server.histories)
 
 
-def test_payloads_that_are_not_kept_are_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    (kept, _) = rounds(SPECS[0], 9, ALONE)
-    monkeypatch.setattr("commrt.federated.mbtc.server.MOST_KEPT_BYTES", 0)
-    (again, _) = rounds(SPECS[0], 9, ALONE)
+@pytest.mark.parametrize(
+    ("spec", "module"), [(SPECS[0], "mbtc.server"), ("correlated:levels=4", "independent")]
+)
+def test_payloads_that_are_not_kept_are_decoded_again(
+    spec: str, module: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (kept, _) = rounds(spec, 9, ALONE)
+    monkeypatch.setattr(f"commrt.federated.{module}.MOST_KEPT_BYTES", 3 * 4 * LAYOUT.numel)
+    (again, _) = rounds(spec, 9, ALONE)
     for one, other in zip(kept, again, strict=True):
         assert torch.equal(one.mean, other.mean)
         assert dict(one.report) == dict(other.report)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from commrt.errors import StateError, WireFormatError
-from commrt.federated.cohort import Round, RoundServer
+from commrt.federated.cohort import MOST_KEPT_BYTES, Round, RoundServer
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, plan, side
 from commrt.federated.mbtc.cosets import MOST_CLIENTS, Cosets
@@ -36,8 +36,7 @@ from commrt.federated.wire import Kind, seal, unseal
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
 
-# What is kept of decoded updates between receive() and finish(), and about what one takes.
-MOST_KEPT_BYTES = 1 << 28
+# Of a weight of an update that is decoded.
 RECEIVED_BYTES = 10
 
 
