@@ -10,6 +10,9 @@ from commrt.federated.mean import ExactMean
 from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Server, Traffic
 
+# What is kept of decoded updates between receive() and finish(); beyond, they are decoded again.
+MOST_KEPT_BYTES = 1 << 28
+
 
 class Round:
     """The running round.
@@ -77,13 +80,16 @@ class Round:
             peers: All that have this round.
             arrived: Of each client whose update is here, a number.
         """
-        own = struct.pack("<q", sum(self._uplink_bytes.values()))
+        own = struct.pack("<qq", sum(self._uplink_bytes.values()), self._answer_bytes)
         own += b"".join(struct.pack("<qd", *each) for each in arrived.items())
-        found, uplink_bytes = dict[int, float](), 0
+        found, uplink_bytes, answer_bytes = dict[int, float](), 0, 0
         for part in peers.all_gather(own):
-            uplink_bytes += struct.unpack_from("<q", part)[0]
-            found.update(struct.iter_unpack("<qd", part[8:]))
-        traffic = dataclasses.replace(self.traffic, uplink_bytes=uplink_bytes)
+            uplink, answers = struct.unpack_from("<qq", part)
+            uplink_bytes, answer_bytes = uplink_bytes + uplink, answer_bytes + answers
+            found.update(struct.iter_unpack("<qd", part[16:]))
+        traffic = dataclasses.replace(
+            self.traffic, uplink_bytes=uplink_bytes, answer_bytes=answer_bytes
+        )
         return dict(sorted(found.items())), traffic
 
     def shares(self, clients: Sequence[int]) -> list[float]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from commrt.codecs import derive_seed
 from commrt.errors import ConfigError, StateError, WireFormatError
-from commrt.federated.cohort import Round, RoundServer
+from commrt.federated.cohort import MOST_KEPT_BYTES, Round, RoundServer
 from commrt.federated.layout import Layout
 from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Aggregate, Client, Uplink
@@ -143,12 +143,18 @@ class IndependentClient(Client):
 
 
 class IndependentServer(RoundServer):
-    """A server that decodes what comes as it comes."""
+    """A server that decodes what comes as it comes.
+
+    Cost: what is decoded, up to 256 MB; of the rest the payloads, which are decoded twice.
+    """
 
     def __init__(self, ends: _Ends, peers: Peers) -> None:
         super().__init__(peers)
         self._ends = ends
+        self._most_kept = MOST_KEPT_BYTES // (4 * ends.layout.numel)
         self._updates: dict[int, Tensor] = {}
+        self._bodies: dict[int, bytes] = {}
+        self._largest: dict[int, float] = {}
 
     def begin(
         self,
@@ -165,7 +171,8 @@ class IndependentServer(RoundServer):
         """
         if len(cohort) > MOST_CLIENTS:
             raise ConfigError(f"a cohort of {len(cohort)}: must be of {MOST_CLIENTS} at most")
-        self._round, self._updates = Round(round_index, cohort, weights), {}
+        self._round = Round(round_index, cohort, weights)
+        self._updates, self._bodies, self._largest = {}, {}, {}
         frames = {}
         for index, client in enumerate(self._round.cohort):
             body = varint(index) + varint(len(cohort))
@@ -176,22 +183,30 @@ class IndependentServer(RoundServer):
     def receive(self, client: int, payload: bytes) -> None:
         """See :meth:`Server.receive`."""
         running = self._expecting(client)
-        index = running.place(client)
         running.came(client, payload)
-        if client in self._updates:
+        if client in self._largest:
             raise WireFormatError(f"client {client} has sent its update of this round before")
         context = self._ends.context(running.index, client)
         body = unseal(Kind.UPDATE, running.index, payload, context)
-        draw = self._ends.draw(running.index, index, len(running.cohort))
-        self._updates[client] = self._ends.codec.decode(body, self._ends.layout.numel, draw)
+        update = self._decoded(running, client, body)
+        self._largest[client] = float(update.abs().max())
+        if len(self._updates) < self._most_kept:
+            self._updates[client] = update
+        else:
+            self._bodies[client] = body
 
     def finish(self) -> Aggregate:
         """See :meth:`Server.finish`."""
         running, self._round = self._running(), None
-        here = {client: float(update.abs().max()) for client, update in self._updates.items()}
-        shares, traffic, mean = self._gathered(running, self._ends.layout.numel, here)
+        shares, traffic, mean = self._gathered(running, self._ends.layout.numel, self._largest)
         for client, update in self._updates.items():
             mean.add(update[None], [shares[client]])
+        for client, body in self._bodies.items():
+            mean.add(self._decoded(running, client, body)[None], [shares[client]])
         self._peers.sum_(mean.total)
-        self._updates = {}
+        self._updates, self._bodies, self._largest = {}, {}, {}
         return Aggregate(mean=mean.mean(), traffic=traffic, clients=tuple(shares), report={})
+
+    def _decoded(self, running: Round, client: int, body: bytes) -> Tensor:
+        draw = self._ends.draw(running.index, running.place(client), len(running.cohort))
+        return self._ends.codec.decode(body, self._ends.layout.numel, draw)

@@ -23,6 +23,11 @@ class ExactMean:
         largest: No element of an update times its share is larger.
         count: Updates, on all machines.
 
+    Attributes:
+        total: The sum so far, in units; of peers, each one's are added up before :meth:`mean`.
+        added: Of each update its share and its parts that are missing, in the order of clients; of
+            peers, all ones' before :meth:`mean`, if anything is missing.
+
     Cost: 8 bytes an element; 16 once something is missing.
     """
 
@@ -30,8 +35,7 @@ class ExactMean:
         _, exponent = math.frexp(largest)
         self._unit = math.ldexp(1.0, exponent + max(1, count).bit_length() - _WHOLE_BITS)
         self.total = torch.zeros(numel, dtype=torch.float64)
-        self._shares = 0.0
-        self._present: Tensor | None = None
+        self.added: list[tuple[float, Sequence[slice]]] = []
 
     def add(
         self,
@@ -45,25 +49,25 @@ class ExactMean:
             for part in parts:
                 update[part] = 0.0
         ops.update_add_(self.total, updates, [share / self._unit for share in shares])
-        for share, parts in zip(shares, missing, strict=True):
-            self._count(share, parts)
-
-    def _count(self, share: float, missing: Sequence[slice]) -> None:
-        if missing and self._present is None:
-            self._present = torch.full_like(self.total, self._shares)
-        self._shares += share
-        if self._present is not None:
-            had = [self._present[part].clone() for part in missing]
-            self._present += share
-            for part, before in zip(missing, had, strict=True):
-                self._present[part] = before
+        self.added += zip(shares, missing, strict=True)
 
     def mean(self) -> Tensor:
         """fp32 (N,), of each element over those updates that have it; zero where none has.
 
-        The shares of all updates add up to one. Nothing is missing where there are peers.
+        The shares of all updates add up to one.
         """
         mean = self.total * self._unit
-        if self._present is not None:
-            mean = torch.where(self._present > 0, mean / self._present, 0.0)
+        if any(missing for _, missing in self.added):
+            present = self._present()
+            mean = torch.where(present > 0, mean / present, 0.0)
         return mean.float()
+
+    def _present(self) -> Tensor:
+        """Of each element the shares of the updates that have it, added up in one order."""
+        present = torch.zeros_like(self.total)
+        for share, missing in self.added:
+            before = [present[part].clone() for part in missing]
+            present += share
+            for part, each in zip(missing, before, strict=True):
+                present[part] = each
+        return present

@@ -1,6 +1,6 @@
 """Machines that decode for one server together, each the updates of some clients."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -23,6 +23,9 @@ class Peers(Protocol):
     def all_gather(self, part: bytes) -> list[bytes]:
         """What every one gives, by rank."""
 
+    def all_to_all(self, parts: Sequence[bytes]) -> list[bytes]:
+        """Give every one a part; what every one has for this one, by rank."""
+
     def sum_(self, flat: Tensor) -> None:
         """Replace a contiguous tensor by its sum over all; int64, or float64 of whole numbers."""
 
@@ -41,8 +44,18 @@ class Alone:
         """See :meth:`Peers.all_gather`."""
         return [part]
 
+    def all_to_all(self, parts: Sequence[bytes]) -> list[bytes]:
+        """See :meth:`Peers.all_to_all`."""
+        return list(parts)
+
     def sum_(self, flat: Tensor) -> None:
         """See :meth:`Peers.sum_`: it is the sum."""
 
 
 ALONE = Alone()
+
+
+def gather(peers: Peers, part: bytes) -> list[bytes]:
+    """What every one gives, by rank, at the first one; nothing elsewhere."""
+    found = peers.all_to_all([part] + [b""] * (peers.size - 1))
+    return [] if peers.rank else found

@@ -1,9 +1,13 @@
 """What clients remember: in memory up to a limit, beyond it in files."""
 
 import contextlib
+import fcntl
+import glob
 import io
 import math
 import mmap
+import os
+import platform
 import shutil
 import struct
 import tempfile
@@ -24,6 +28,8 @@ State = dict[str, Any]
 _HEAD = struct.Struct("<QI")  # bytes that follow, and their CRC-32
 _LARGE_BYTES = 1 << 20
 _PLAIN_BYTES = 32  # of a number and of what holds it, about
+# Of folders of this machine, whose locks it knows.
+_PREFIX = f"commrt-states-{platform.node()}-"
 UNREADABLE = (OSError, struct.error, RuntimeError, EOFError, UnpicklingError, ValueError)
 
 
@@ -40,7 +46,8 @@ class StateStore(MutableMapping[int, State]):
     Args:
         limit_bytes: Of the states in memory, at least 0.
         folder: Where the folder is made; default, where temporary files go, which on some machines
-            is memory, too. A process that is killed leaves it there.
+            is memory, too. What a process that was killed has left there, the next one on the
+            machine that needs a folder removes.
 
     Raises:
         ConfigError: A limit below 0.
@@ -126,11 +133,13 @@ class StateStore(MutableMapping[int, State]):
 
     def _own_folder(self) -> Path:
         if self._folder is None:
+            parent = Path(tempfile.gettempdir()) if self._parent is None else self._parent
+            _remove_orphans(parent)
             try:
-                self._folder = Path(tempfile.mkdtemp(prefix="commrt-states-", dir=self._parent))
+                self._folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
             except OSError as error:
-                raise StateError(f"no folder for states in {self._parent}: {error}") from error
-            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+                raise StateError(f"no folder for states in {parent}: {error}") from error
+            weakref.finalize(self, _remove, self._folder, _lock(self._folder, fcntl.LOCK_EX))
         return self._folder
 
 
@@ -170,6 +179,38 @@ def skip_state(file: BinaryIO) -> None:
 def _read_head(file: BinaryIO) -> tuple[int, int]:
     size, check = _HEAD.unpack(file.read(_HEAD.size))
     return size, check
+
+
+def _lock(folder: Path, how: int) -> int | None:
+    """What holds a folder until it is closed, or the process ends; None where nothing can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, how)
+        except OSError:
+            os.close(descriptor)
+        else:
+            return descriptor
+    return None
+
+
+def _remove(folder: Path, lock: int | None) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
+
+
+def _remove_orphans(parent: Path) -> None:
+    """The folders of this machine that nobody holds any more."""
+    for folder in parent.glob(f"{glob.escape(_PREFIX)}*"):
+        lock = _lock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is None:
+            continue
+        # One that is empty may be new, and not held yet.
+        if os.listdir(lock):
+            _remove(folder, lock)
+        else:
+            os.close(lock)
 
 
 def _apart(value: Any) -> Any:

@@ -110,9 +110,9 @@ class Server(abc.ABC):
     A round is: :meth:`begin`; :meth:`receive` for what comes; :meth:`requests`, and ``receive`` for
     the answers, as often as there is time for; :meth:`finish`.
 
-    Where it is shared by peers, all of them begin and finish together, with the same arguments and
-    results, and each receives what comes from the clients that it is home to. Where it is not, only
-    the first peer may use it.
+    Where it is shared by peers, all of them begin, ask and finish together, with the same arguments
+    and results, and each receives what comes from the clients that it is home to. Where it is not,
+    only the first peer may use it.
 
     Attributes:
         is_shared: Whether every peer decodes a part of the updates.

@@ -60,7 +60,9 @@ class _Rounds(Schedule):
         self._counts |= {"round": 0, "failed": 0}
 
     def _begin(self) -> None:
-        clients = [c for _ in range(self._policy.asked) if (c := self._draw()) is not None]
+        clients = list[int]()
+        while len(clients) < self._policy.asked and (client := self._draw()) is not None:
+            clients.append(client)
         if len(clients) < self._policy.least:
             self._idle.extend(clients)
             return
@@ -176,7 +178,7 @@ class _Intervals(Schedule):
 
     def __init__(self, policy: FedFix, traces: Traces, **common: Any) -> None:
         super().__init__(policy, traces, **common)
-        self._interval_s = policy.interval_s
+        self._interval_s, self._most_gap = policy.interval_s, policy.most_gap
         self._counted = [0] * traces.num_clients
 
     def _begin(self) -> None:
@@ -196,8 +198,10 @@ class _Intervals(Schedule):
         """It begins again with the next interval."""
 
     def _on_timer(self, number: int) -> None:
-        weights = {c: self._importance[c] * (number - self._counted[c]) for c in self._arrived}
+        weights = {}
         for client in self._arrived:
+            gap = number - self._counted[client]
+            weights[client] = self._importance[client] * min(gap, self._most_gap or gap)
             self._counted[client] = number
         if weights:
             self._aggregate(weights)

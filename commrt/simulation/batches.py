@@ -43,6 +43,11 @@ class Batches:
         epochs: A client's passes over its examples; None if ``steps`` is given.
         steps: A client's steps, over as many epochs as it takes.
         granule: Batches are filled up to a multiple of it.
+
+    Attributes:
+        sizes: A client's examples.
+        num_steps: A client's steps in one training.
+        num_examples: On how many examples it trains then, each epoch counted.
     """
 
     def __init__(
@@ -61,6 +66,8 @@ class Batches:
         wanted = self._per_epoch * (epochs or 0) if steps is None else np.int64(steps)
         self._words = _Words()
         self.num_steps = np.where(self.sizes > 0, wanted, 0)
+        whole, rest = np.divmod(self.num_steps, np.maximum(self._per_epoch, 1))
+        self.num_examples = whole * self.sizes + rest * batch_size
 
     def order(self, clients: Indices) -> Indices:
         """Places of ``clients``, such that neighbours do as many steps, the last ones alike."""

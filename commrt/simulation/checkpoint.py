@@ -26,28 +26,41 @@ _CLIENT = struct.Struct("<q")
 
 def write(folder: Path, state: dict[str, Any]) -> None:
     """Replace the checkpoint of a folder, all of whose files of clients are there."""
-    partial = folder / f"{NAME}.partial"
+    replace(folder / NAME, state)
+
+
+def replace(path: Path, value: Any) -> None:
+    """Write a file of torch in the place of another one: whole, or not at all."""
+    partial = path.with_name(f"{path.name}.partial")
     with partial.open("wb") as file:
-        torch.save(state, file)
+        torch.save(value, file)
         _flush(file)
-    _sync(folder)
-    partial.replace(folder / NAME)
-    _sync(folder)
+    _sync(path.parent)
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def read(folder: Path) -> dict[str, Any]:
     """The checkpoint of a folder; tensors are mapped, so what nobody looks at takes no memory.
 
     Raises:
-        StateError: There is none, or it is damaged.
+        StateError: There is none, or it is damaged, or it is something else.
+
+    Cost: reads the file once for its checks.
     """
     path = folder / NAME
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(path) as file:
+            changed = file.testzip()  # torch does not look at the checks that it writes
     except FileNotFoundError as error:
         raise StateError(f"no checkpoint at {path}") from error
     except (RuntimeError, EOFError, UnpicklingError, zipfile.BadZipFile) as error:
         raise StateError(f"{path} is damaged: {error}") from error
+    if changed is not None:
+        raise StateError(f"{path} is damaged: {changed} in it has changed")
+    if not isinstance(state, dict) or "config" not in state:
+        raise StateError(f"{path} is no checkpoint of such a run")
     return state
 
 
@@ -124,6 +137,12 @@ def read_clients(
                         skip_state(file)
         except UNREADABLE as error:
             raise StateError(f"{path} is damaged: {error}") from error
+
+
+def remove(folder: Path) -> None:
+    """Remove the checkpoint of a folder, if there is one."""
+    (folder / NAME).unlink(missing_ok=True)
+    remove_others(folder, {})
 
 
 def remove_others(folder: Path, names: Mapping[str, int]) -> None:

@@ -60,6 +60,8 @@ class ClientsConfig:
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError(f"count is {self.count}: must be at least 1")
+        if self.least < 0:
+            raise ConfigError(f"least is {self.least}: must be at least 0")
         if self.importance not in ("examples", "equal"):
             raise ConfigError(f"importance is {self.importance!r}: must be examples or equal")
         if not self.state_mb >= 0:
@@ -99,6 +101,8 @@ class RunConfig:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ConfigError(f"{name} is {getattr(self, name)}: must be at least {bound}")
+        if self.seed >= 1 << 63:
+            raise ConfigError(f"seed is {self.seed}: must be below 2**63")
         if not self.until_s > 0:
             raise ConfigError(f"until_s is {self.until_s}: must be above 0")
         check_device(self.device)
@@ -142,7 +146,7 @@ class Config:
         """
         try:
             tree = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError) as error:  # also what is not UTF-8
             raise ConfigError(f"{path}: {error}") from error
         for assignment in assignments:
             _assign(tree, assignment)
@@ -185,8 +189,10 @@ def _section(kind: type[Any]) -> Any:
 
 
 def _schedule(tree: Mapping[str, Any]) -> Policy:
-    policy = tree.get("policy", "fedavg") if isinstance(tree, Mapping) else tree
-    if policy not in POLICIES:
+    if not isinstance(tree, Mapping):
+        raise ConfigError(f"is {tree!r}: must be a section")
+    policy = tree.get("policy", "fedavg")
+    if not isinstance(policy, str) or policy not in POLICIES:
         raise ConfigError(f"policy is {policy!r}: must be one of {', '.join(POLICIES)}")
     settings = {name: value for name, value in tree.items() if name != "policy"}
     filled: Policy = _filled(POLICIES[policy], settings)

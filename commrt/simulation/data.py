@@ -14,6 +14,7 @@ import functools
 import importlib
 import importlib.util
 import sysconfig
+import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -236,11 +237,11 @@ def _arrays(path: Path, model: str | None, seed: int) -> Dataset:
 
 
 def _read(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays, of which those that belong together have the same length."""
+    """The arrays: of numbers but for groups; those that belong together have the same length."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError) as error:
+            arrays = {name: np.atleast_1d(file[name]) for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"data={str(path)!r} cannot be read: {error}") from error
     for names in (("inputs", "targets", "groups"), ("test_inputs", "test_targets")):
         sizes = {name: len(arrays[name]) for name in names if name in arrays}
@@ -248,6 +249,9 @@ def _read(path: Path) -> dict[str, NDArray[Any]]:
             not set(names[:2]) <= sizes.keys() or len(set(sizes.values())) > 1
         ):
             raise ConfigError(f"{path} has {sizes}: must have {names[0]} and {names[1]}, as many")
+        for name in names[:2]:
+            if name in arrays and arrays[name].dtype.kind not in "biuf":
+                raise ConfigError(f"{path}: {name} is of {arrays[name].dtype}: must be numbers")
     return arrays
 
 
@@ -263,7 +267,7 @@ def _function(path: Path, name: str | None) -> Callable[[], nn.Module]:
     module, _, function = name.partition(":")
     try:
         make = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise ConfigError(f"model={name!r} cannot be had: {error}") from error
     if not callable(make):
         raise ConfigError(f"model={name!r} is no function")

@@ -129,19 +129,21 @@ class Rounds(Exchange):
         """See :meth:`Exchange.decode`."""
         here = [each.client for each in step.updates if self.home(each.client) == self._ranks.rank]
         self._server.receive_all({client: self._payloads.pop(client) for client in here})
-        if self._server.is_shared:
-            return self._finish(0).to(self._device)
+        is_here = self._server.is_shared or self._ranks.is_root
         asked = set[int]()
-        while (
-            found := answers(self._server.requests() if self._ranks.is_root else None)
-        ) is not None:
-            asked |= found.keys()
+        while True:
+            requests = self._server.requests() if is_here else {}
+            asked |= requests.keys()
+            found = answers(requests if self._ranks.is_root else None)
+            if found is None:
+                break
             self._server.receive_all(found)
-        if self._ranks.is_root:
+        if is_here:
             mean = self._finish(len(asked)).to(self._device)
         else:
             mean = torch.empty(self._layout.numel, device=self._device)
-        self._ranks.broadcast_(mean)
+        if not self._server.is_shared:
+            self._ranks.broadcast_(mean)
         return mean
 
     def _finish(self, asked: int) -> Tensor:

@@ -1,12 +1,10 @@
 """What simulated runs have told, read back from their folders."""
 
 import dataclasses
-import json
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from commrt.errors import ConfigError
 from commrt.metrics import Row, read_rows
@@ -48,9 +46,9 @@ class History:
         return (max if self.metric == "accuracy" else min)(found, default=math.nan)
 
     def mean(self, figure: str) -> float:
-        """Over the updates of all rows that have it; NaN if none has."""
-        clients, values = self.points("clients", figure)
-        return statistics.fmean(values, clients) if values else math.nan
+        """Over the updates of all rows in which it is finite; NaN if it is in none."""
+        found = [(v, c) for c, v in zip(*self.points("clients", figure), strict=True) if v == v]
+        return statistics.fmean(*zip(*found, strict=True)) if found else math.nan
 
     def total(self, figure: str) -> float:
         """Over all rows that have it; NaN if none has."""
@@ -104,29 +102,37 @@ def _read(name: str, folder: Path) -> History:
         raise ConfigError(f"{folder} holds no run: there is no {METRICS} in it")
     try:
         lines = read_rows(path)
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or no UTF-8
         raise ConfigError(f"{path} is damaged: {error}") from error
+    if not all(isinstance(line, dict) and "kind" in line for line in lines):
+        raise ConfigError(f"{path} is damaged, or of something else: it has lines without a kind")
     settings = [line for line in lines if line["kind"] == "config"]
     if not settings or "schedule.policy" not in settings[-1]:
         raise ConfigError(f"{folder} holds no federated run: {METRICS} has no settings of one")
-    rows = list(_rows(lines))
+    rows = _rows(lines)
     metric = next((m for m in METRIC_NAMES if any(m in row for row in rows)), None)
     if metric is None:
         raise ConfigError(f"{folder} holds a run that was not evaluated yet")
     return History(name=name, settings=settings[-1], rows=rows, metric=metric)
 
 
-def _rows(lines: Sequence[Row]) -> Iterator[dict[str, Any]]:
+def _rows(lines: Sequence[Row]) -> list[Row]:
     """Those of aggregations, with what adds up over them."""
+    rows = list[Row]()
     wall_s = earlier_s = sent = 0.0
     for line in lines:
         if line["kind"] == "config":
             # A process that goes on counts its time from its own beginning.
             earlier_s = wall_s
-        elif line["kind"] == "round":
-            wall_s = earlier_s + line["wall_s"]
+            continue
+        wall_s = earlier_s + line["wall_s"]
+        if line["kind"] == "round":
             sent += _number(line.get("uplink_bytes"))
-            yield {**line, "wall_s": wall_s, "sent_mb": sent / 1e6}
+            rows.append({**line, "wall_s": wall_s, "sent_mb": sent / 1e6})
+        else:
+            # An evaluation of its own, after a last aggregation that had none.
+            rows[-1] = {**line, **rows[-1], "wall_s": wall_s}
+    return rows
 
 
 def _number(value: float | None) -> float:

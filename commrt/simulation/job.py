@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from commrt.errors import ConfigError, StateError
 from commrt.metrics import JsonLines, Row, Sink, TensorBoard, check_tensorboard
+from commrt.simulation import checkpoint
 from commrt.simulation.config import Config
 from commrt.simulation.run import Run
 from commrt.simulation.transport import Ranks, all_ranks
@@ -36,7 +37,8 @@ def run_job(
         config: A TOML file.
         assignments: ``"section.key=value"``, which replace what it says.
         out: Folder for ``metrics.jsonl``, ``model.pt``, checkpoints.
-        resume: Go on from the checkpoint there.
+        resume: Go on from the checkpoint there. Otherwise what is there is written anew, and a
+            checkpoint removed.
         tensorboard: Write an event file there as well.
 
     Returns:
@@ -53,6 +55,8 @@ def run_job(
         settings = Config.load(config, assignments)
         if out is None and (resume or tensorboard or settings.run.checkpoint_every):
             raise ConfigError("--out is not given: resuming, checkpoints and TensorBoard need it")
+        if out is not None and out.exists() and not out.is_dir():
+            raise ConfigError(f"--out is {out}: must be a folder, or nothing yet")
         if tensorboard:
             check_tensorboard()
         run = Run(settings, ranks)
@@ -63,7 +67,7 @@ def run_job(
         with _reporting(run, ranks, out, tensorboard=tensorboard) as report:
             run.carry_out(report, out)
         if ranks.is_root and out is not None:
-            torch.save(run.layout.split(run.weights.cpu()), out / MODEL)
+            checkpoint.replace(out / MODEL, run.layout.split(run.weights.cpu()))
     return 0
 
 
@@ -122,6 +126,9 @@ def _reporting(run: Run, ranks: Ranks, out: Path | None, *, tensorboard: bool) -
     sinks = list[Sink]()
     done = run.schedule.version
     if out is not None:
+        if not done:
+            # Who went on from an earlier run's checkpoint would not have the rows up to it.
+            checkpoint.remove(out)
         sinks.append(JsonLines(out / METRICS, keep_to_step=done or None))
         if tensorboard:
             sinks.append(TensorBoard(out))
@@ -133,7 +140,7 @@ def _reporting(run: Run, ranks: Ranks, out: Path | None, *, tensorboard: bool) -
         def report(row: Row) -> None:
             for sink in sinks:
                 sink.write(row)
-            bar.update()
+            bar.update(row["kind"] == "round")
             shown = {k: row[k] for k in ("accuracy", "loss", "bits", "virtual_s") if k in row}
             bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()})
 

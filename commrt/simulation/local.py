@@ -122,6 +122,7 @@ class LocalTraining:
         device: Where clients train.
         layout: Of the flat vector.
         sizes: Each client's number of examples.
+        num_examples: On how many each trains in a round, every epoch counted.
         way: ``"batched"``, ``"vmap"`` or ``"loop"``, see :mod:`commrt.simulation.gradients`.
         reason: Why it is no other way; empty for the first.
     """
@@ -157,6 +158,7 @@ class LocalTraining:
             granule=self._gradients.granule,
         )  # fmt: skip
         self.sizes = tuple(self._batches.sizes.tolist())
+        self.num_examples = tuple(self._batches.num_examples.tolist())
         shapes = [tuple(p.shape) for p in self._parameters.values()]
         self._descent = _Descent(config, shapes, self._gradients.width, self.device)
         self._generators = [torch.default_generator]

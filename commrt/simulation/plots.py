@@ -82,7 +82,11 @@ def _draw(histories: Sequence[History], goal: float | None) -> "Figure":
         if goal is not None:
             axes.axhline(goal, color=COLORS[7], linewidth=0.8)
     _draw_limits(bits, histories)
-    figure.legend(*by_round.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    legend = figure.legend(
+        *by_round.get_legend_handles_labels(), loc="outside upper center", ncols=4
+    )
+    for text, history in zip(legend.get_texts(), histories, strict=True):
+        text.set(text=history.name, parse_math=False)
     return figure
 
 
@@ -110,7 +114,8 @@ def _styles(histories: Sequence[History]) -> list[dict[str, Any]]:
             "color": COLORS[index % len(COLORS)],
             "linestyle": dashes[index // len(COLORS) % len(dashes)],
             "linewidth": 1.3,
-            "label": history.name,
+            # Not the name: matplotlib hides what begins with _, and reads what is between $ and $.
+            "label": f"run {index}",
             "marker": "." if len(history.rows) <= 40 else "",
         }
         for index, history in enumerate(histories)

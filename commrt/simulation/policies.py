@@ -70,7 +70,7 @@ class FedAvg:
 
     Attributes:
         cohort: Updates a round.
-        over_selection: How many times as many are asked, rounded up.
+        over_selection: How many times as many are asked, rounded up; at most all that are there.
         deadline_s: After the round's begin; what arrives at that time is in time.
         least: Updates without which there is no aggregation.
         sampling: ``"uniform"``, or ``"weighted"`` by the importance; both without replacement.
@@ -84,7 +84,7 @@ class FedAvg:
 
     def __post_init__(self) -> None:
         _require(self, "cohort", self.cohort >= 1, "at least 1")
-        _require(self, "over_selection", 1 <= self.over_selection < math.inf, "at least 1")
+        _require(self, "over_selection", 1 <= self.over_selection <= 1e6, "from 1 to 1e6")
         _require(self, "deadline_s", self.deadline_s > 0, "above 0")
         _require(self, "least", 1 <= self.least <= self.cohort, f"from 1 to {self.cohort}")
         _require(self, "sampling", self.sampling in ("uniform", "weighted"), "uniform or weighted")
@@ -92,7 +92,8 @@ class FedAvg:
     @property
     def asked(self) -> int:
         """How many clients are asked in a round."""
-        return math.ceil(self.cohort * self.over_selection)
+        # A hundred times 1.1 is 110.00000000000001.
+        return math.ceil(round(self.cohort * self.over_selection, 6))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,17 +165,24 @@ class FedFix:
     interval), the paper's weights; with all T below the interval this is FedAvg. The weights of
     one aggregation add up to one in the mean only.
 
+    So a client of twenty that was away for 500 intervals counts 25 times the mean of all when it is
+    back, which no model survives. Where clients are away for long, bound the gap by ``most_gap``:
+    who is away for longer then counts less than its importance.
+
     Source: Fraboni, Vidal, Kameni and Lorenzi, "A General Theory for Federated Optimization with
     Asynchronous and Heterogeneous Clients Updates", JMLR 24, 2023.
 
     Attributes:
         interval_s: From one aggregation to the next. An interval in which nothing came has none.
+        most_gap: Intervals that n - m counts at most; None for any number.
     """
 
     interval_s: float
+    most_gap: int | None = None
 
     def __post_init__(self) -> None:
         _require(self, "interval_s", 0 < self.interval_s < math.inf, "above 0 and finite")
+        _require(self, "most_gap", self.most_gap is None or self.most_gap >= 1, "at least 1")
 
 
 Policy = FedAvg | FedAsync | FedBuff | FedFix

@@ -79,9 +79,10 @@ class PrivacyConfig:
     def __post_init__(self) -> None:
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ConfigError(f"clip is {self.clip}: must be positive and finite")
-        if not 0 <= self.noise_multiplier < math.inf:
+        # Beyond, the accountant's numbers are none.
+        if self.noise_multiplier != 0 and not 1e-6 <= self.noise_multiplier <= 1e6:
             raise ConfigError(
-                f"noise_multiplier is {self.noise_multiplier}: must be at least 0 and finite"
+                f"noise_multiplier is {self.noise_multiplier}: must be 0 or from 1e-6 to 1e6"
             )
         if self.delta is not None and not 0 < self.delta < 1:
             raise ConfigError(f"delta is {self.delta}: must be above 0 and below 1")
@@ -214,11 +215,15 @@ class _Spent:
         import dp_accounting as dp
 
         event: Any = dp.GaussianDpEvent(multiplier)
-        if sample is not None:
-            event = dp.SampledWithoutReplacementDpEvent(sample[1], sample[0], event)
-        accountant = dp.rdp.RdpAccountant(neighboring_relation=dp.NeighboringRelation.REPLACE_ONE)
-        accountant.compose(event)
-        return cls(accountant.orders, accountant.rdp)
+        events = [event]
+        if sample is not None:  # which tells no more; for large samples its bound is not as tight
+            events.append(dp.SampledWithoutReplacementDpEvent(sample[1], sample[0], event))
+        relation = dp.NeighboringRelation.REPLACE_ONE
+        accountants = [dp.rdp.RdpAccountant(neighboring_relation=relation) for _ in events]
+        for accountant, each in zip(accountants, events, strict=True):
+            accountant.compose(each)
+        divergences = np.minimum.reduce([accountant.rdp for accountant in accountants])
+        return cls(accountants[0].orders, divergences)
 
     def epsilon(self, times: int, delta: float) -> float:
         """After so many releases, each of which may depend on those before."""

@@ -1,7 +1,7 @@
 """A simulated run: clients train, real payloads cross, the server decodes, on one rank or many.
 
 Every rank carries out the same schedule. A client belongs to one rank, which trains it and keeps
-what it remembers; payloads go to the first rank, which decodes, and what it decoded goes to all.
+what it remembers; a payload goes to the rank that decodes it, and the mean of all goes to all.
 """
 
 import copy
@@ -50,9 +50,9 @@ class Run:
         ConfigError: Settings that do not go together.
 
     Cost: on every rank, on its device, the data, the models that somebody trains on and ``chunk``
-    clients' weights; 256 MB of updates, on a GPU and the host; with an uplink that remembers, its
-    memory for the rank's clients, up to ``clients.state_mb``, and at the first rank what its server
-    remembers.
+    clients' weights; 256 MB of updates, on a GPU and the host; with an uplink that remembers, what
+    the rank's clients do, and what the server does of those that are decoded here, up to
+    ``clients.state_mb`` of either.
     """
 
     def __init__(self, config: Config, ranks: Ranks) -> None:
@@ -95,7 +95,7 @@ class Run:
         self.schedule = make_schedule(
             config.schedule,
             Traces(config.traces, config.clients.count, config.run.seed),
-            examples=[self._examples(size) for size in self.training.sizes],
+            examples=self.training.num_examples,
             down_bytes=4 * self.layout.numel,
             importance=self._importance(),
             seed=config.run.seed,
@@ -112,7 +112,8 @@ class Run:
         """Go on to the end.
 
         Args:
-            report: Called on the first rank with a row for each aggregation.
+            report: Called on the first rank with a row for each aggregation, and with one of kind
+                ``"val"`` where nobody knew that the last one was the last.
             out: Where checkpoints go, if the settings ask for any.
         """
         begun = time.perf_counter()
@@ -128,6 +129,10 @@ class Run:
                     report({**row, "wall_s": time.perf_counter() - begun})
                 self._keep(step.version, out)
             self._models = {each: self._models[each] for each in self.schedule.alive}
+        last, at_s = self.schedule.version, self.schedule.now_s
+        if report is not None and self._ranks.is_root and not self._is_evaluated(last):
+            row = {"kind": "val", "step": last, "virtual_s": at_s, **self._evaluated(self.weights)}
+            report({**row, "wall_s": time.perf_counter() - begun})
 
     def save(self, folder: Path) -> None:
         """Write a checkpoint, between steps of which none waits to be carried out.
@@ -278,14 +283,21 @@ class Run:
         if self._ranks.is_root:
             row |= {"clients": len(step.updates), "lost": self._lost, **self._exchange.figures}
             row |= self._privacy.figures(step.version)
-            is_last = step.version == self.config.run.aggregations
-            if is_last or step.version % self.config.run.evaluate_every == 0:
-                row[self._metric] = self.training.evaluate(weights)
+            if self._is_evaluated(step.version):
+                row |= self._evaluated(weights)
         self._lost = 0
         return row
 
+    def _is_evaluated(self, version: int) -> bool:
+        """Whether its row says how good it is."""
+        run = self.config.run
+        return version % run.evaluate_every == 0 or version == run.aggregations
+
+    def _evaluated(self, weights: Tensor) -> Row:
+        return {self._metric: self.training.evaluate(weights)}
+
     def _answers(self, requests: Mapping[int, bytes] | None) -> dict[int, bytes] | None:
-        """What clients answer, at the first rank; None once nobody is asked any more."""
+        """What clients answer, where it is decoded; None once nobody is asked any more."""
         asked = self._ranks.broadcast(requests)
         if not asked:
             return None
@@ -357,7 +369,7 @@ class Run:
                 f"uplink: norm is {uplink.norm}: must be {noisy:.4g} at least, that of a clipped "
                 "update with its noise"
             )
-        uplink.step(policy.asked, self.layout.numel)
+        uplink.step(min(policy.asked, self.config.clients.count), self.layout.numel)
 
     def _store(self) -> StateStore:
         clients = self.config.clients
@@ -369,12 +381,6 @@ class Run:
         if self.config.clients.importance == "equal":
             return None
         return [float(max(size, 1)) for size in self.training.sizes]
-
-    def _examples(self, size: int) -> float:
-        local = self.config.local
-        if local.steps is not None:
-            return float(local.steps * local.batch_size)
-        return float(size * (local.epochs or 1))
 
     def _without_length(self) -> Config:
         """The settings that a run must go on with; how long it takes, and where, may change."""

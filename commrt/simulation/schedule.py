@@ -35,6 +35,8 @@ from commrt.simulation.traces import Traces, uniform
 
 # After so many in a row without an aggregation something must be wrong with the settings.
 MOST_EVENTS = 1_000_000
+# The same of updates in a row that nobody can send: training diverges.
+MOST_FAILED = 1000
 
 
 class Schedule(abc.ABC):
@@ -43,7 +45,8 @@ class Schedule(abc.ABC):
     Args:
         settings: Of the policy.
         traces: Of the clients.
-        examples: By client, on how many it trains in one piece of work, each epoch counted.
+        examples: By client, on how many it trains in one piece of work, each epoch counted; 0 for
+            one that has none.
         down_bytes: What a client loads before.
         importance: By client, positive: its share in the objective once they are made to add up to
             one. Default, equal ones.
@@ -70,8 +73,8 @@ class Schedule(abc.ABC):
         until_s: float,
     ) -> None:
         shares = [1.0] * traces.num_clients if importance is None else list(importance)
-        _require_positive("examples", examples, traces.num_clients)
-        _require_positive("importance", shares, traces.num_clients)
+        _require("examples", examples, traces.num_clients, least=0.0)
+        _require("importance", shares, traces.num_clients, least=math.ulp(0.0))
         if down_bytes < 0 or aggregations < 1 or not until_s > 0:
             raise ConfigError(
                 f"down_bytes is {down_bytes}, aggregations {aggregations} and until_s {until_s}: "
@@ -88,7 +91,8 @@ class Schedule(abc.ABC):
         self._until_s = until_s
         self._clock = Clock()
         self._has_begun = False
-        self._counts = {"version": 0, "work": 0, "draw": 0, "start": 0, "uneventful": 0}
+        self._counts = {"version": 0, "work": 0, "draw": 0, "start": 0}
+        self._counts |= {"uneventful": 0, "failed in a row": 0}
         self._idle = list(range(traces.num_clients))
         self._flights = Flights(keep_models=self.mixes)
         self._asked: set[int] = set()
@@ -125,6 +129,7 @@ class Schedule(abc.ABC):
             StateError: It did not start, or this was said before.
         """
         flight = self._answer(client)
+        self._counts["failed in a row"] = 0
         finish = self._traces.resize(client, flight.finish, up_bytes)
         if finish.lost_s is None:
             self._clock.add(Event(finish.uploaded_s, client, "arrival", flight.work))
@@ -135,9 +140,14 @@ class Schedule(abc.ABC):
         """A client that started has no update to send, such as one that is not finite.
 
         Raises:
-            StateError: It did not start, or ``sent`` was called.
+            StateError: It did not start, or ``sent`` was called; or it is the thousandth in a row.
         """
         flight = self._answer(client)
+        if self._count("failed in a row") + 1 == MOST_FAILED:
+            raise StateError(
+                f"the last {MOST_FAILED} updates were none that could be sent, such as those that "
+                "are not finite: training diverges"
+            )
         self._clock.add(Event(flight.finish.uploaded_s, client, "failed", flight.work))
 
     @property
@@ -367,7 +377,7 @@ class Schedule(abc.ABC):
                 raise StateError(f"{name} of the state is {state.get(name)}: here it is {own}")
         self._clock.load_state_dict(state["clock"])
         self._has_begun = state["has_begun"]
-        self._counts = dict(state["counts"])
+        self._counts |= state["counts"]
         self._idle = list(state["idle"])
         self._flights.load_state_dict(state["at_work"])
         self._asked = set(state["asked"])
@@ -375,11 +385,12 @@ class Schedule(abc.ABC):
         self._steps = deque(map(from_state, state["steps"]))
 
 
-def _require_positive(name: str, values: Sequence[float], num_clients: int) -> None:
+def _require(name: str, values: Sequence[float], num_clients: int, *, least: float) -> None:
     if len(values) != num_clients:
         raise ConfigError(
             f"{name} has {len(values)} values: it must have one for each of {num_clients} clients"
         )
     for client, value in enumerate(values):
-        if not 0 < value < math.inf:
-            raise ConfigError(f"{name} of client {client} is {value}: it must be positive, finite")
+        if not least <= value < math.inf:
+            allowed = "positive, finite" if least else "at least 0 and finite"
+            raise ConfigError(f"{name} of client {client} is {value}: it must be {allowed}")

@@ -3,25 +3,77 @@
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from commrt import optim
 from commrt.errors import ConfigError, StateError
 from commrt.federated import Layout
 
-Make = Callable[[list[nn.Parameter], "ServerConfig"], torch.optim.Optimizer]
+
+class Optimizer(Protocol):
+    """What is asked of an optimizer of torch."""
+
+    def step(self) -> Any:
+        """Move the parameters by their gradients."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from :meth:`state_dict`."""
+
+
+# Optimizers of torch import its compiler when they are made, those of commrt DTensor when they are
+# imported: seconds of every rank, for nothing where the mean is just added.
+class _PlainSgd:
+    """SGD without momentum."""
+
+    def __init__(self, params: list[nn.Parameter], lr: float) -> None:
+        self._params, self._lr = params, lr
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for param in self._params:
+            assert param.grad is not None
+            param.add_(param.grad, alpha=-self._lr)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict:
+            raise ValueError(f"state has {sorted(state_dict)}: SGD without momentum has none")
+
+
+def _sgd(params: list[nn.Parameter], config: "ServerConfig") -> Optimizer:
+    if not config.momentum:
+        return _PlainSgd(params, config.lr)
+    return torch.optim.SGD(params, lr=config.lr, momentum=config.momentum)
+
+
+def _adam_mini(params: list[nn.Parameter], config: "ServerConfig") -> Optimizer:
+    from commrt.optim import AdamMini
+
+    betas = config.momentum, config.beta2
+    return AdamMini(params, config.lr, betas, eps=config.eps, weight_decay=0.0)
+
+
+def _lion(params: list[nn.Parameter], config: "ServerConfig") -> Optimizer:
+    from commrt.optim import Lion
+
+    return Lion(params, config.lr, (config.momentum, config.beta2), weight_decay=0.0)
+
+
+Make = Callable[[list[nn.Parameter], "ServerConfig"], Optimizer]
 
 _OPTIMIZERS: dict[str, Make] = {
-    "sgd": lambda params, c: torch.optim.SGD(params, lr=c.lr, momentum=c.momentum),
+    "sgd": _sgd,
     "adagrad": lambda params, c: torch.optim.Adagrad(params, lr=c.lr, eps=c.eps),
     "adam": lambda params, c: torch.optim.Adam(params, c.lr, (c.momentum, c.beta2), eps=c.eps),
-    "adam-mini": lambda params, c: optim.AdamMini(
-        params, c.lr, (c.momentum, c.beta2), eps=c.eps, weight_decay=0.0
-    ),
-    "lion": lambda params, c: optim.Lion(params, c.lr, (c.momentum, c.beta2), weight_decay=0.0),
+    "adam-mini": _adam_mini,
+    "lion": _lion,
 }
 
 

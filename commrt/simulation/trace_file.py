@@ -22,7 +22,7 @@ class TraceFile:
     or one line; its speeds are on one of them.
 
     Args:
-        path: The file, UTF-8.
+        path: The file, UTF-8, with or without the mark that spreadsheets begin it with.
         num_clients: How many clients it must have at least; further ones are left out.
         period_s: When its windows begin again: each begins before that, and the last may end after
             it but not later than the first begins again. Infinite if they do not.
@@ -60,7 +60,7 @@ class TraceFile:
 
     def _rows(self) -> list[tuple[int, dict[str, str]]]:
         try:
-            with self._path.open(newline="", encoding="utf-8") as stream:
+            with self._path.open(newline="", encoding="utf-8-sig") as stream:
                 reader = csv.DictReader(stream, restkey="", restval="")
                 names = reader.fieldnames or []
                 rows = [(reader.line_num, dict(row)) for row in reader]

@@ -15,6 +15,8 @@ from commrt.simulation.trace_file import TraceFile, Window
 
 ALWAYS = (0.0, math.inf)
 NEVER = (math.inf, math.inf)
+# Factors of e^(8 sigma) are drawn once in 10^15 times, and have to be numbers.
+MOST_SIGMA = 10.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,10 +66,10 @@ class TraceConfig:
     file_period_s: float = math.inf
 
     def __post_init__(self) -> None:
-        for name in ("compute_s", "compute_sigma", "jitter", "link_sigma", "latency_s"):
+        for name in ("compute_s", "latency_s", "rejoin_s", "off_s"):
             self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
-        for name in ("rejoin_s", "off_s"):
-            self._require(name, 0 <= getattr(self, name) < math.inf, "at least 0 and finite")
+        for name in ("compute_sigma", "jitter", "link_sigma"):
+            self._require(name, 0 <= getattr(self, name) <= MOST_SIGMA, f"from 0 to {MOST_SIGMA}")
         for name in ("up_bytes_per_s", "down_bytes_per_s", "on_s", "file_period_s"):
             self._require(name, getattr(self, name) > 0, "above 0")
         self._require("straggler_share", 0 <= self.straggler_share <= 1, "from 0 to 1")

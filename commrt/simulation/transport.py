@@ -141,10 +141,15 @@ class Ranks:
         """What every rank gives, by rank."""
         if self._comm is None:
             return [part]
-        totals = self._counts(len(part))
-        joined = self._all_to_all([part] * self.size, totals.tolist())
-        ends = np.cumsum(totals)
-        return [joined[end - size : end].tobytes() for size, end in zip(totals, ends, strict=True)]
+        return self._swapped(self._counts(len(part)), [part] * self.size)
+
+    def all_to_all(self, parts: Sequence[bytes]) -> list[bytes]:
+        """Give every rank a part; what every rank has for this one, by rank."""
+        if self._comm is None:
+            return list(parts)
+        totals = np.zeros(self.size, dtype=np.int64)
+        self._comm.Alltoall(np.array([len(part) for part in parts]), totals)
+        return self._swapped(totals, parts)
 
     def sum_(self, flat: Tensor) -> None:
         """Replace a contiguous tensor of the CPU by its sum over all ranks."""
@@ -164,6 +169,12 @@ class Ranks:
         self._comm.Allgather(np.array([own]), counts)
         return counts
 
+    def _swapped(self, totals: Integers, parts: Sequence[bytes]) -> list[bytes]:
+        """Send a part to each rank; what came, of so many bytes from each."""
+        joined = self._all_to_all(parts, totals.tolist())
+        ends = np.cumsum(totals)
+        return [joined[end - size : end].tobytes() for size, end in zip(totals, ends, strict=True)]
+
     def _broadcast(self, data: Bytes | Tensor) -> None:
         for begin in range(0, len(data), _PIECE):
             self._comm.Bcast(data[begin : begin + _PIECE])
@@ -171,7 +182,7 @@ class Ranks:
     def _all_to_all(self, parts: Sequence[bytes], totals: Sequence[int]) -> Bytes:
         """Send a part to each rank; what came, by rank, of so many bytes from each."""
         sizes = [len(part) for part in parts]
-        data = np.frombuffer(b"".join(parts), dtype=np.uint8)
+        data = np.frombuffer(b"".join(filter(None, parts)), dtype=np.uint8)  # of one, no copy
         found = np.zeros(sum(totals), dtype=np.uint8)
         if self._is_large(sum(sizes) + sum(totals)):
             self._all_to_all_large(np.split(data, np.cumsum(sizes)[:-1]), found, totals)

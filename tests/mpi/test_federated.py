@@ -119,6 +119,24 @@ def test_any_number_of_ranks(
         assert_same(tmp_path / "1", tmp_path / str(ranks))
 
 
+def test_joint_decoding_on_any_number_of_ranks(config: Path, tmp_path: Path) -> None:
+    """Of updates that have much in common; also from a checkpoint of another number of ranks."""
+    changes = ("uplink=mbtc:nmse=0.005,block=256,least_gain=0", "clients.count=5")
+    changes += ("clients.partition=iid", "local.batch_size=400", "local.steps=2", "local.lr=0.3")
+    changes += ("schedule.cohort=4", "schedule.deadline_s=5", "run.aggregations=3")
+    alone(config, tmp_path / "1", *changes)
+    rows = results(tmp_path / "1")[1]
+    assert sum(row["joint_groups"] for row in rows) > 0
+    assert sum(row["answer_bytes"] for row in rows) > 0
+    assert sum(row["asked_clients"] for row in rows) > 0
+    sets = [word for change in changes for word in ("--set", change)]
+    start(4, config, "--out", tmp_path / "4", *sets)
+    assert_same(tmp_path / "1", tmp_path / "4")
+    alone(config, tmp_path / "2", *changes, "run.aggregations=1")
+    start(2, config, "--out", tmp_path / "2", *sets, "--resume")
+    assert_same(tmp_path / "1", tmp_path / "2")
+
+
 # Decoded on all ranks; at the first one, for a cohort; and there, each alone.
 ON_GPUS = {
     "shared": (),

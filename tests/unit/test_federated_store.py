@@ -2,6 +2,8 @@
 
 import gc
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +126,28 @@ def test_the_folder_goes_with_the_store(tmp_path: Path) -> None:
     gc.collect()
     assert len(list(tmp_path.iterdir())) == 1
     assert torch.equal(other[1]["decoded"], state(2)["decoded"])
+
+
+def test_what_killed_processes_have_left_is_removed(tmp_path: Path) -> None:
+    """And nothing that another one still has."""
+    kept = StateStore(0, tmp_path)
+    kept[1] = state(1)
+    [own] = tmp_path.iterdir()
+    code = f"""
+import os, signal, pathlib
+from commrt.federated.store import StateStore
+store = StateStore(0, pathlib.Path({str(tmp_path)!r}))
+store[7] = {{"number": 7}}
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    (orphan,) = set(tmp_path.iterdir()) - {own}
+    assert files(orphan)
+    other = StateStore(0, tmp_path)
+    other[2] = state(2)
+    assert not orphan.exists()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert_all(kept, [1])
 
 
 def test_a_full_disk_loses_nothing(tmp_path: Path) -> None:

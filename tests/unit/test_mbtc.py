@@ -15,6 +15,7 @@ from commrt.federated.mbtc import plan
 from commrt.federated.mbtc.client import MbtcClient
 from commrt.federated.mbtc.coding import read_codes
 from commrt.federated.mbtc.parameters import NUM_CLASSES, Parameters, Plane
+from commrt.federated.mbtc.rate import Coded, RateControl
 from commrt.federated.mbtc.requests import Wanted, read_request, write_request
 from commrt.federated.mbtc.server import MbtcServer
 from commrt.federated.mean import ExactMean
@@ -240,6 +241,18 @@ def test_missing_bits_are_asked_for() -> None:
     assert torch.equal(aggregate.mean, alone.round().mean)
 
 
+def test_rates_are_learned_from_answers_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    cohort = Cohort(f"mbtc:nmse=0.02,memory=False,block={BLOCK}", rho=0.99)
+    cohort.round()
+    lacking(cohort)
+    cohort.send(cohort.updates())
+    assert cohort.answer() > 0
+    learned = dict[int, Coded]()
+    monkeypatch.setattr(RateControl, "learn", lambda _, coded: learned.update(coded))
+    bits = cohort.finish().traffic.uplink_bytes * 8 / LAYOUT.numel
+    assert sum(each.bits for each in learned.values()) == pytest.approx(bits)
+
+
 def test_a_block_that_lacks_bits_is_left_out_at_the_deadline() -> None:
     """Of that client only, and the weights of the others are made to add up."""
     cohort = Cohort(f"mbtc:nmse=0.001,memory=False,block={BLOCK}", rho=0.99)
@@ -437,6 +450,14 @@ def test_an_update_that_is_coded_twice() -> None:
         cohort.clients[k].encode(0, 2 * update, told[k])
     cohort.finish()
     assert cohort.round().clients == (0, 1)
+
+
+def test_bits_are_kept_with_joint_decoding() -> None:
+    """Finer steps than in the round before do not make cosets look dear: they go on."""
+    cohort = Cohort(f"mbtc:bits=3,memory=False,block={BLOCK}", count=9, rho=0.9)
+    rounds = [cohort.round() for _ in range(8)][4:]
+    assert [each.report["joint_groups"] for each in rounds] == [1.0] * 4
+    assert all(2.7 < each.bits < 3.3 for each in rounds)
 
 
 def test_parts_that_only_light_clients_have() -> None:

@@ -157,10 +157,11 @@ def test_nobody_drops_out_who_is_no_longer_there(tmp_path: Path) -> None:
     assert all(f.lost_s == 50 if f.reason == "offline" else f.lost_s < 50 for f in lost)
 
 
-def test_file_takes_the_place_of_what_is_drawn(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mark", ["", "\ufeff"])  # of spreadsheets
+def test_file_takes_the_place_of_what_is_drawn(mark: str, tmp_path: Path) -> None:
     path = write(
         tmp_path,
-        "client,compute_s,down_bytes_per_s,latency_s,on_s,off_s\n"
+        f"{mark}client,compute_s,down_bytes_per_s,latency_s,on_s,off_s\n"
         "1,2.0,,,0,10\n1,,,,10,30\n1,,,,50,inf\n0,,100,0.5,,\n9,,,,,\n",
     )
     traces = Traces(TraceConfig(file=path, compute_s=4.0), 2, 0)
@@ -224,6 +225,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
     ("name", "value"),
     [
         *(("compute_s", -1.0), ("compute_s", math.inf), ("jitter", math.nan), ("latency_s", -0.1)),
+        *(("compute_sigma", 1000.0), ("link_sigma", 1000.0), ("jitter", 10.1)),
         *(("up_bytes_per_s", 0.0), ("down_bytes_per_s", math.nan), ("straggler_share", 1.1)),
         *(("straggler_factor", 0.5), ("dropout", 1.0), ("off_s", 5.0), ("file_period_s", 5.0)),
     ],

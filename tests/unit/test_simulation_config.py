@@ -70,6 +70,10 @@ def test_all_errors_at_once() -> None:
         ({"local": {"vectorise": "yes"}}, "local: vectorise is 'yes': must be of type"),
         ({"clients": {"state_mb": -1}}, "clients: state_mb is -1.0: must be at least 0"),
         ({"clients": {"state_folder": "/none"}}, "clients: state_folder is '/none': must be a fo"),
+        ({"schedule": "fedavg"}, "schedule: is 'fedavg': must be a section"),
+        ({"schedule": {"policy": ["fedavg"]}}, "schedule: policy is .* must be one of fedavg"),
+        ({"clients": {"least": -1}}, "clients: least is -1: must be at least 0"),
+        ({"run": {"seed": 2**63}}, "run: seed is 9223372036854775808: must be below"),
         ({"server": {"optimizer": "best"}}, "server: optimizer is 'best': must be one of sgd"),
     ],
 )
@@ -83,6 +87,9 @@ def test_files_and_assignments(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
         Config.load(file)
     file.write_text("[local\n")
+    with pytest.raises(ConfigError, match=r"a\.toml"):
+        Config.load(file)
+    file.write_bytes(b"uplink = '\xff'")
     with pytest.raises(ConfigError, match=r"a\.toml"):
         Config.load(file)
     file.write_text('uplink = "fp32"\n')

@@ -205,7 +205,7 @@ def test_mpi_that_does_not_gets_a_copy(rank: int, is_asked: bool) -> None:
     with pretended_gpu() as gpu:
         ranks = Ranks(communicator)
         if is_asked and rank == 0:
-            with pytest.warns(UserWarning, match="memory kinds are 'mpi,system': models go between"):
+            with pytest.warns(UserWarning, match="are 'mpi,system': models go between"):
                 ranks.use_gpus("auto")
         elif is_asked:
             with warnings.catch_warnings(action="error"):

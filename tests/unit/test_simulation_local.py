@@ -257,6 +257,17 @@ def flat(lists):
     return [entry for some in lists for entry in some]
 
 
+@pytest.mark.parametrize(
+    "options", [{"epochs": 3}, *({"epochs": None, "steps": n} for n in (1, 7))]
+)
+def test_it_says_on_how_many_examples_a_client_trains(options):
+    """Small batches of small clients, and last ones of epochs, are not counted as whole ones."""
+    told = Batches(shares_of(SIZES), **{"batch_size": 16, "steps": None, "granule": 8} | options)
+    found = [len(flat(drawn(client, **options))) for client in range(len(SIZES))]
+    assert told.num_examples.tolist() == found
+    assert 0 in found
+
+
 @pytest.mark.parametrize("client", [1, 2, 3, 11])
 def test_an_epoch_has_every_example_once(client):
     steps = drawn(client, epochs=2)
@@ -426,6 +437,10 @@ def test_arrays_of_a_file(tmp_path):
         ({"inputs": np.zeros(9), "targets": np.zeros(9)}, None, "needs a model"),
         ({"inputs": np.zeros(9), "targets": np.zeros(9)}, "nowhere:b", "cannot be had"),
         ({"inputs": np.zeros(9), "targets": np.zeros(9)}, "math:pi", "is no function"),
+        ({"inputs": np.zeros(9), "targets": np.zeros(9)}, ":b", "cannot be had"),
+        ({"inputs": np.zeros(9), "targets": np.zeros(9)}, ".a:b", "cannot be had"),
+        ({"inputs": np.zeros(()), "targets": np.zeros(())}, "a:b", "too few to train and to test"),
+        ({"inputs": np.array(["a"] * 9), "targets": np.zeros(9)}, "a:b", "must be numbers"),
         (None, "a:b", "cannot be read"),
     ],
 )
@@ -435,6 +450,14 @@ def test_arrays_that_do_not_fit_are_refused(tmp_path, arrays, model, message):
         save(path, **arrays)
     with pytest.raises(ConfigError, match=message):
         load(str(path), model=model)
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 and no more", b"\x80\4."])
+def test_a_file_that_has_no_arrays_is_refused(tmp_path, content):
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load(str(path), model="a:b")
 
 
 def test_an_unknown_data_set_is_refused():

@@ -88,6 +88,16 @@ def test_epsilon_of_fixed_cohorts_is_that_of_samples() -> None:
     assert 0 < own.epsilon(1) < own.epsilon(2) < own.epsilon(30)
 
 
+def test_a_sample_of_nearly_all_costs_no_more_than_all() -> None:
+    """Where the bound for samples is above the one without."""
+    own = privacy("fp32", FedAvg(cohort=95, least=95), noise_multiplier=10.0)
+    theirs = accountant()
+    event = dp_accounting.GaussianDpEvent(10.0 / 2)
+    theirs.compose(dp_accounting.SampledWithoutReplacementDpEvent(100, 95, event), 30)
+    assert own.epsilon(30) == pytest.approx(gaussian_epsilon(10.0 / 2, 30), rel=1e-9)
+    assert own.epsilon(30) < theirs.get_epsilon(1e-4)
+
+
 @pytest.mark.parametrize(
     ("policy", "traces"),
     [
@@ -214,7 +224,13 @@ def test_noise_fits_into_a_secure_sum() -> None:
     ("sections", "says"),
     [
         ({"privacy": {"clip": 0}}, "privacy: clip is 0.0: must be positive"),
-        ({"privacy": {"noise_multiplier": -1}}, "privacy: noise_multiplier is -1.0: must be at"),
+        *(
+            (
+                {"privacy": NOISE | {"noise_multiplier": z}},
+                "privacy: noise_multiplier is .*: must be 0",
+            )
+            for z in (-1, 1e-300, 1e9, math.inf, math.nan)
+        ),
         ({"privacy": {"delta": 1}}, "privacy: delta is 1.0: must be above 0 and below 1"),
         ({"privacy": {"noise_multiplier": 1, "clip": 1}}, "privacy: delta is missing"),
         ({"privacy": {"noise_multiplier": 1, "delta": 1e-3}}, "privacy: clip is missing"),

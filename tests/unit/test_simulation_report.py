@@ -1,5 +1,6 @@
 """Runs side by side: real ones, small, as ``commrt federated`` leaves them."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from commrt.__main__ import main
-from commrt.errors import ConfigError
+from commrt.errors import ConfigError, StateError
 from commrt.metrics import JsonLines, read_rows
 from commrt.simulation.history import read_histories
 from commrt.simulation.job import run_job
@@ -161,6 +162,18 @@ def test_plots_are_the_same_for_the_same_runs(runs: list[Path], page: str) -> No
     assert "#ffffff" not in svg
 
 
+def test_names_of_all_kinds_are_in_the_legend(runs: list[Path]) -> None:
+    """Matplotlib has ideas of its own of some."""
+    names = ["_first", r"$\none$ of it", "a$b$^c"]
+    histories = [
+        dataclasses.replace(history, name=name)
+        for name, history in zip(names, read_histories(runs), strict=True)
+    ]
+    parsed = Page(to_svg(histories))
+    assert set(names) <= set(parsed.texts)
+    assert {"limit of coding: joint", "limit of coding: independent"} <= set(parsed.texts)
+
+
 def test_a_picture(runs: list[Path]) -> None:
     report_runs(runs, runs[0].parent / "curves.png")
     assert (runs[0].parent / "curves.png").read_bytes().startswith(PNG)
@@ -175,6 +188,31 @@ def test_a_run_that_went_on(config: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in history.rows] == list(range(1, 9))
     assert history.last("wall_s") == pytest.approx(before + rounds(tmp_path)[-1]["wall_s"])
     assert history.settings["run.aggregations"] == 8
+
+
+def test_a_run_that_time_ends_is_evaluated(config: Path, tmp_path: Path) -> None:
+    """Whatever ends it; nobody knows of an aggregation that it will be the last."""
+    run_job(config, ["run.aggregations=99", "run.until_s=6", "run.evaluate_every=98"], out=tmp_path)
+    run_job(config, ["run.aggregations=99", "run.until_s=6"], out=tmp_path / "often")
+    ended, often = read_histories([tmp_path, tmp_path / "often"])
+    assert [row["step"] for row in ended.rows] == [row["step"] for row in often.rows]
+    assert 1 < len(ended.rows) < 98
+    assert ended.last("accuracy") == often.last("accuracy")
+    assert ended.rows[-1]["virtual_s"] == often.rows[-1]["virtual_s"]
+
+
+def test_a_run_that_begins_anew_leaves_nothing_to_go_on_from(config: Path, tmp_path: Path) -> None:
+    """Killed before its own first checkpoint, it must not go on from that of the run before."""
+    run_job(config, out=tmp_path)
+    run_job(config, ["run.aggregations=2"], out=tmp_path)
+    assert not list(tmp_path.glob("*.states"))
+    with pytest.raises(StateError, match="no checkpoint"):
+        run_job(config, out=tmp_path, resume=True)
+
+
+def test_out_is_a_folder(config: Path) -> None:
+    with pytest.raises(ConfigError, match="must be a folder, or nothing yet"):
+        run_job(config, out=config)
 
 
 def test_tensorboard_has_all_figures(runs: list[Path]) -> None:
@@ -194,10 +232,11 @@ def test_alignment_and_losses_that_are_not_finite(runs: list[Path], tmp_path: Pa
     sink.write(settings)
     for step, loss in enumerate((3.0, 2.0, 2.1, 1.0, math.nan), 1):
         row = {"kind": "round", "step": step, "wall_s": 1.0, "virtual_s": 1.0 * step, "clients": 2}
-        sink.write({**row, "loss": loss, "uplink_bytes": 10, "alignment": 0.9})
+        sink.write({**row, "loss": loss, "uplink_bytes": 10, "alignment": 0.9, "nmse": loss})
     sink.close()
     [line] = cells(report_runs([tmp_path], goal=2.0))
     assert (line["best"], line["alignment"]) == ("1.0000", "0.900")
+    assert line["NMSE"] == f"{(3 + 2 + 2.1 + 1) / 4:.3g}"  # of a zero update there is none
     assert (line["2 at"], line["after s"]) == ("4", "4.0")
     assert not {"bits", "loss"} & set(line)
 
@@ -217,9 +256,11 @@ def test_runs_that_cannot_be_compared_are_named(runs: list[Path], tmp_path: Path
         for row in rows:
             sink.write(row)
         sink.close()
-    (tmp_path / "damaged").mkdir()
-    (tmp_path / "damaged" / "metrics.jsonl").write_text("{]\n")
-    names = ("none", "training", "begun", "damaged")
+    damaged = {"damaged": b"{]\n", "list": b"[1]\n", "kindless": b'{"x": 1}\n', "latin": b"\xff\n"}
+    for name, content in damaged.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_bytes(content)
+    names = ("none", "training", "begun", *damaged)
     with pytest.raises(ConfigError) as caught:
         report_runs([runs[0], *(tmp_path / name for name in names)])
     said = str(caught.value).splitlines()

@@ -101,6 +101,15 @@ def test_what_a_run_does_not_go_on_from(tmp_path: Path) -> None:
     with pytest.raises(StateError, match="of other settings"):
         Run(config(uplink="fp32"), Ranks()).resume(tmp_path)
     file = tmp_path / checkpoint.NAME
+    whole = file.read_bytes()
+    for at in (len(whole) // 3, len(whole) // 2):  # weights
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        with pytest.raises(StateError, match="is damaged"):
+            run.resume(tmp_path)
+    torch.save({"step": 3}, file)
+    with pytest.raises(StateError, match="is no checkpoint"):
+        run.resume(tmp_path)
+    file.write_bytes(whole)
     for size in (10, file.stat().st_size // 2):
         file.write_bytes(file.read_bytes()[:size])
         with pytest.raises(StateError, match="is damaged"):
@@ -156,6 +165,19 @@ def test_memory_may_be_another_when_a_run_goes_on(tmp_path: Path) -> None:
     again.resume(tmp_path)
     again.carry_out()
     assert torch.equal(again.weights, whole.weights)
+
+
+@pytest.mark.parametrize("policy", ["fedavg", *ASYNC])
+def test_clients_without_examples(policy: str) -> None:
+    """They take as long as their messages do, and add nothing."""
+    clients = {"count": 30, "partition": "quantity:alpha=0.05", "least": 0}
+    schedule = ASYNC.get(policy, {"cohort": 30})
+    run, rows = carried_out(
+        config(uplink=MEMORYLESS, clients=clients, schedule=schedule, traces={"latency_s": 0.1})
+    )
+    assert 0 in run.training.sizes
+    assert len(rows) == 6
+    assert rows[0]["virtual_s"] > 0.1
 
 
 def test_uplinks_that_need_rounds() -> None:

@@ -270,6 +270,15 @@ def test_over_selection_keeps_the_first_to_arrive(tmp_path: Path) -> None:
     assert steps[1] == Lost((0,), "late", 5.0)
 
 
+def test_of_more_than_there_are_all_are_asked(tmp_path: Path) -> None:
+    policy = FedAvg(cohort=2, over_selection=1e6)
+    plan = timed(tmp_path, policy, [1, 2, 3], aggregations=1)
+    assert run(plan)[0] == Start(0, (0, 1, 2), 0, 0.0)
+    assert [FedAvg(cohort=100, over_selection=f).asked for f in (1.1, 1.101, 1.105)] == [
+        *(110, 111, 111)
+    ]
+
+
 def test_a_round_with_too_few_is_given_up_and_another_drawn(tmp_path: Path) -> None:
     # Two of five are too slow: the round is good if neither is drawn.
     policy = FedAvg(cohort=3, least=3, deadline_s=5)
@@ -433,6 +442,15 @@ def test_fedfix_counts_the_intervals_since_the_last_time(tmp_path: Path) -> None
     assert [u.version for u in made[5].updates] == [5, 5, 3]
 
 
+def test_fedfix_counts_no_more_intervals_than_it_is_told(tmp_path: Path) -> None:
+    policy = FedFix(interval_s=1, most_gap=2)
+    plan = timed(tmp_path, policy, [0.5, 3.5, 1.5], aggregations=4)
+    made = aggregates(run(plan, lambda client: 0))
+    third = 1 / 3
+    assert weights(made[1]) == {0: third, 2: 2 * third}
+    assert weights(made[3]) == {0: third, 1: 2 * third, 2: 2 * third}
+
+
 def test_fedfix_with_a_long_interval_is_fedavg_of_all(tmp_path: Path) -> None:
     fix = timed(tmp_path, FedFix(interval_s=8), [1, 2, 7], aggregations=4, importance=[1, 2, 5])
     avg = timed(tmp_path, FedAvg(cohort=3), [1, 2, 7], aggregations=4, importance=[1, 2, 5])
@@ -568,6 +586,21 @@ def test_settings_that_lead_nowhere_end_in_an_error(monkeypatch: pytest.MonkeyPa
         run(rough(FedFix(interval_s=1), traces=config))
 
 
+def test_a_training_that_diverges_ends_in_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without rounds nothing else would end it; not where some clients fail, however often."""
+    monkeypatch.setattr(schedule, "MOST_FAILED", 40)
+    plan = rough(FedBuff(buffer=5, concurrency=10))
+
+    def carry_out(until: int, failing: Callable[[int], bool]) -> None:
+        while plan.version < until and (step := plan.next()):
+            for client in step.clients if isinstance(step, Start) else ():
+                plan.failed(client) if failing(client) else plan.sent(client, 9)
+
+    carry_out(30, lambda client: bool(client % 2))
+    with pytest.raises(StateError, match=r"40 updates .* training diverges"):
+        carry_out(40, lambda _: True)
+
+
 def test_thousands_of_clients() -> None:
     policy = FedBuff(buffer=200, concurrency=2000)
     plan = rough(policy, num_clients=5000, aggregations=40)
@@ -616,6 +649,7 @@ def test_a_state_of_another_run_is_refused(other: Callable[[], Schedule], says: 
     [
         ("fedavg", {"cohort": 0}, "cohort is 0"),
         ("fedavg", {"cohort": 3, "over_selection": 0.9}, "over_selection is 0.9"),
+        ("fedavg", {"cohort": 3, "over_selection": 1e300}, "over_selection is 1e[+]300"),
         ("fedavg", {"cohort": 3, "deadline_s": 0.0}, "deadline_s is 0.0"),
         ("fedavg", {"cohort": 3, "least": 4}, "least is 4: it must be from 1 to 3"),
         ("fedavg", {"cohort": 3, "sampling": "best"}, "sampling is best"),
@@ -626,6 +660,7 @@ def test_a_state_of_another_run_is_refused(other: Callable[[], Schedule], says: 
         ("fedbuff", {"buffer": 1, "concurrency": 1, "staleness": "hinge:a=0"}, "a must be"),
         ("fedbuff", {"buffer": 1, "concurrency": 1, "staleness": "constant:a=1"}, "constant:a=1"),
         ("fedfix", {"interval_s": math.inf}, "interval_s is inf"),
+        ("fedfix", {"interval_s": 1.0, "most_gap": 0}, "most_gap is 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(name: str, options: dict[str, Any], says: str) -> None:

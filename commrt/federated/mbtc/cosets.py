@@ -1,5 +1,6 @@
-"""The server's joint decoding, round by round: when to, with what, and what came of it."""
+"""Joint decoding, round by round: when to, with what, and what came of it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,21 +12,22 @@ from torch import Tensor
 from commrt.codecs.entropy import code_length
 from commrt.errors import ConfigError
 from commrt.federated.covariance import CovarianceStore, successive_side_information
-from commrt.federated.gaussian import Array, factored
-from commrt.federated.layout import Group, Layout
-from commrt.federated.limits import sum_rate
+from commrt.federated.gaussian import Array
+from commrt.federated.layout import Layout
 from commrt.federated.mbtc import plan
 from commrt.federated.mbtc.combine import lmmse_mean_
 from commrt.federated.mbtc.ended import Ended
-from commrt.federated.mbtc.joint import JointGroup
 from commrt.federated.mbtc.parameters import Plane
-from commrt.federated.mbtc.planes import Blocks
-from commrt.federated.mbtc.requests import Wanted
+from commrt.federated.mbtc.plan import Plan
+from commrt.federated.mbtc.sharing import BITS, FAILED, WHOLE, JointDecoding
 from commrt.federated.mbtc.side import ROUNDING
+from commrt.federated.peers import Peers
 
 if TYPE_CHECKING:
     from commrt.federated.mbtc.received import Received
     from commrt.federated.mbtc.spec import Mbtc
+
+Floats = NDArray[np.float64]
 
 # Of blocks, that cannot be decided at once: where more and fewer bits cost about the same.
 WANTED_FAILURES = 0.05
@@ -43,13 +45,14 @@ class Record:
     """What was learned of a group in the rounds before.
 
     Attributes:
-        bits_alone: Bits a weight that its codes take without the other clients.
+        excess: Bits a weight that its codes take without the other clients, beyond those that a
+            Gaussian of their variance needs: of steps to come, too.
         margin: Of the bits that are sent beyond the entropy, how many more, as a share.
         rest: Rounds in which it is to be coded alone.
     """
 
     def __init__(self) -> None:
-        self.bits_alone, self.margin, self.rest = 0.0, 0.0, 0
+        self.excess, self.margin, self.rest = 0.0, 0.0, 0
 
     def state_dict(self) -> dict[str, Any]:
         """Its attributes."""
@@ -67,38 +70,6 @@ class Record:
             self.rest = REST
 
 
-class Running:
-    """A group whose cosets are decoded in this round."""
-
-    def __init__(
-        self, joint: JointGroup, planes: Sequence[tuple[Plane, ...]], order: Sequence[int]
-    ) -> None:
-        self.joint, self.planes, self.order = joint, planes, order
-        self.tried: dict[int, int] = {}
-        self.bits_asked = 0
-
-    def decode(self, index: int, received: "Mapping[int, Received]") -> None:
-        """Decide what can be of group ``index`` of the clients that came, by place."""
-        for place in self.order:
-            update = received.get(place)
-            if update is None:
-                continue
-            if not self.planes[place]:
-                if place not in self.tried:
-                    self.joint.add_alone(place, update.how, update.codes)
-                    self.tried[place] = 0
-                continue
-            blocks = update.blocks[index]
-            self.joint.decide(place, update.how, blocks)
-            self.tried.setdefault(place, int((~blocks.is_whole).sum()))
-
-    def failed(self, num_blocks: int) -> float:
-        """The share of blocks that could not be decided at first."""
-        places = [place for place in self.tried if self.planes[place]]
-        total = num_blocks * len(places)
-        return sum(self.tried[place] for place in places) / total if total else 0.0
-
-
 class Cosets:
     """See the module."""
 
@@ -106,13 +77,7 @@ class Cosets:
         self._codec, self._layout = codec, layout
         self.covariances = [CovarianceStore(most_clients=MOST_KNOWN) for _ in layout.groups]
         self._records = [Record() for _ in layout.groups]
-        self._running: dict[int, Running] = {}
         self._was_joint = False
-
-    @property
-    def is_running(self) -> bool:
-        """Whether any group of this round is decoded jointly."""
-        return bool(self._running)
 
     def covariance(self, clients: Sequence[int]) -> Array | None:
         """Of residuals, on average over the groups; None unless some were decoded jointly."""
@@ -124,24 +89,17 @@ class Cosets:
         )
         return total / self._layout.numel
 
-    def begin(
-        self, cohort: Sequence[int], steps: Sequence[float], order: Sequence[int]
-    ) -> list[tuple[tuple[Plane, ...], ...]]:
-        """The planes of each client and group, by place.
+    def begin(self, cohort: Sequence[int], steps: Sequence[float], order: Sequence[int]) -> Plan:
+        """What is decoded jointly.
 
         Args:
             cohort: The clients.
             steps: Of each, 0 where it chooses.
             order: Of decoding, places.
         """
-        self._running = {}
         if len(cohort) > MOST_CLIENTS:
-            if self._codec.combine == "lmmse":
-                raise ConfigError(
-                    f"combine='lmmse' of {len(cohort)} clients: must be {MOST_CLIENTS} at most"
-                )
-            return [((),) * len(self._records)] * len(cohort)
-        by_group = []
+            return Plan(order, [((),) * len(self._records)] * len(cohort), {})
+        by_group, covariances = [], dict[int, Array]()
         for index, record in enumerate(self._records):
             covariance = self._covariance(index, cohort) if self._may_pay(index, steps) else None
             planes: list[tuple[Plane, ...]] = [()] * len(cohort)
@@ -149,42 +107,35 @@ class Cosets:
                 planes = self._planes_of(record, covariance, steps, order)
             by_group.append(planes)
             if covariance is not None and any(planes):
-                joint = JointGroup(self._layout.groups[index], self._codec.block, covariance)
-                self._running[index] = Running(joint, planes, order)
-        return list(zip(*by_group, strict=True))
+                covariances[index] = covariance
+        return Plan(order, list(zip(*by_group, strict=True)), covariances)
 
-    def decode(self, received: "Mapping[int, Received]") -> None:
-        """Decide what can be of the updates that came, by place in the cohort."""
-        for index, running in self._running.items():
-            running.decode(index, received)
+    def check(self, cohort: Sequence[int]) -> None:
+        """Raise :class:`ConfigError` for a cohort that is too large."""
+        if self._codec.combine == "lmmse" and len(cohort) > MOST_CLIENTS:
+            raise ConfigError(
+                f"combine='lmmse' of {len(cohort)} clients: must be {MOST_CLIENTS} at most"
+            )
 
-    def wanted(self, received: "Received") -> list[Wanted]:
-        """What to ask a client for."""
-        wanted = []
-        for index in self._running:
-            blocks = received.blocks.get(index)
-            if blocks is None:
-                continue
-            for which in (~blocks.is_whole).nonzero()[:, 0].tolist():
-                wanted.append(Wanted(index, which, *blocks.lacking(which)))
-        return wanted
+    def refine_(
+        self, mean: Tensor, shares: Sequence[float], ended: Sequence[Ended], peers: Peers
+    ) -> dict[str, float]:
+        """Make ``mean`` what is asked for, at all peers; the first one's figures of it.
 
-    def take(self, wanted: Wanted, answer: bytes | Tensor, blocks: Blocks) -> None:
-        """Take what a client answered."""
-        running = self._running[wanted.group]
-        if isinstance(answer, bytes):
-            blocks.add(wanted.block, wanted.plane, answer)
-            running.bits_asked += 8 * len(answer)
-        else:
-            blocks.replace(wanted.block, answer)
-            running.bits_asked += round(self._records[wanted.group].bits_alone * blocks.block)
-
-    def refine_(self, mean: Tensor, shares: Sequence[float], ended: Sequence[Ended]) -> float:
-        """Make ``mean`` the linear estimate of least error, unless a block is missing.
-
-        Returns:
-            The expected alignment, on average over all elements.
+        That is, with ``combine="lmmse"``, the linear estimate of least error, unless a block is
+        missing, and the expected alignment, on average over all elements.
         """
+        if self._codec.combine == "mean":
+            return {}
+        report, frames = dict[str, float](), None
+        if peers.rank == 0:
+            report["alignment"] = self._estimate_(mean, shares, ended)
+            frames = {0: mean.numpy().tobytes()} if peers.size > 1 else {}
+        for estimate in peers.broadcast(frames).values():
+            mean.copy_(torch.frombuffer(bytearray(estimate), dtype=torch.float32))
+        return report
+
+    def _estimate_(self, mean: Tensor, shares: Sequence[float], ended: Sequence[Ended]) -> float:
         if not self.covariances[0].clients or any(each.missing for each in ended):
             return 1.0
         clients, noise, residuals = _stacked(ended)
@@ -211,13 +162,15 @@ class Cosets:
             for group in self._layout.groups
         )
 
-    def learn(self, cohort: Sequence[int], ended: Sequence[Ended]) -> dict[str, float]:
+    def learn(
+        self, cohort: Sequence[int], ended: Sequence[Ended], joint: JointDecoding
+    ) -> dict[str, float]:
         """End the round: take what it tells for the next, and return figures of it."""
         figures = {
-            "joint_groups": float(len(self._running)),
+            "joint_groups": float(len(joint.plan.covariances)),
             "missing_blocks": float(sum(each.missing for each in ended)),
         }
-        self._was_joint = bool(self._running)
+        self._was_joint = joint.is_running
         for record in self._records:
             record.rest = max(0, record.rest - 1)
         if len(cohort) > MOST_CLIENTS:
@@ -233,20 +186,18 @@ class Cosets:
                 for place, each in zip(places, ended, strict=True)
                 if each.bits_alone
             }
-            if alone:
-                record.bits_alone = sum(alone.values()) / len(alone)
+            if index in joint.plan.covariances:
+                self._learn_cosets(index, alone, joint)
             self.covariances[index].update(clients, group.of(residuals).numpy(), noise)
-            limits += group.numel * np.array(_limits(self._covariance(index, clients), noise))
-            running = self._running.get(index)
-            if running is not None:
-                blocks = group.numel // self._codec.block
-                gain = self._gain(running, group, alone)
-                record.learn(running.failed(blocks), gain, self._codec.least_gain)
-        self._running = {}
-        independent, joint = limits / self._layout.numel
+            covariance = self._covariance(index, clients)
+            if alone:
+                needed = _bits_alone(covariance, noise)
+                record.excess = sum(alone.values()) / len(alone) - float(needed.mean())
+            limits += group.numel * np.array(_limits(covariance, noise))
+        independent, jointly = limits / self._layout.numel
         return {
             "limit_independent": float(independent),
-            "limit_joint": float(joint),
+            "limit_joint": float(jointly),
             **figures,
         }
 
@@ -284,28 +235,32 @@ class Cosets:
     ) -> list[tuple[Plane, ...]]:
         noise = np.square(steps) * ROUNDING
         _, variances = successive_side_information(covariance, noise, order)
+        alone = _bits_alone(covariance, noise) + record.excess
         return plan.planes_of_group(
-            self._codec, np.sqrt(variances) / steps, order, record.bits_alone, record.margin
+            self._codec, np.sqrt(variances) / steps, order, alone, record.margin
         )
 
     def _covariance(self, index: int, clients: Sequence[int]) -> Array:
         """Of a group's residuals, as far as it is known; some round has ended."""
         return self.covariances[index].estimate(clients)
 
-    def _gain(self, running: Running, group: Group, alone: Mapping[int, float]) -> float:
-        """Bits a weight that cosets of a group saved to the clients that sent them."""
-        sent = {
-            place: plan.bits_of(running.planes[place], self._codec.block)
-            for place in alone
-            if running.planes[place]
-        }
-        if not sent:
-            return 0.0
-        saved = sum(alone[place] - bits for place, bits in sent.items())
-        return (saved - running.bits_asked / group.numel) / len(sent)
+    def _learn_cosets(self, index: int, alone: Mapping[int, float], joint: JointDecoding) -> None:
+        """What a group's cosets came to; ``alone`` has the bits of codes without, by place."""
+        block, record = self._codec.block, self._records[index]
+        group, counts = self._layout.groups[index], joint.counts[index].tolist()
+        planes = {place: joint.plan.planes[place][index] for place in alone}
+        sent = {place: plan.bits_of(each, block) for place, each in planes.items() if each}
+        failed = gain = 0.0
+        if sent:
+            saved = sum(alone[place] - bits for place, bits in sent.items())
+            usual = sum(alone.values()) / len(alone)
+            asked = counts[BITS] + round(usual * block) * counts[WHOLE]
+            failed = counts[FAILED] / (group.numel // block * len(sent))
+            gain = (saved - asked / group.numel) / len(sent)
+        record.learn(failed, gain, self._codec.least_gain)
 
 
-def _stacked(ended: Sequence[Ended]) -> tuple[list[int], NDArray[np.float64], Tensor]:
+def _stacked(ended: Sequence[Ended]) -> tuple[list[int], Floats, Tensor]:
     """The clients, the variances of their noises, and their residuals, fp32 (K, N)."""
     clients = [each.client for each in ended]
     noise = np.array([each.coded.noise for each in ended])
@@ -317,8 +272,17 @@ def _there(residual: Tensor | None) -> Tensor:
     return residual
 
 
-def _limits(covariance: Array, noise: NDArray[np.float64]) -> tuple[float, float]:
-    """Bits a weight and client that Gaussian residuals need: without each other, and jointly."""
-    model = factored(covariance)
-    alone = np.log2(1 + model.variances / noise) / 2
-    return float(alone.mean()), sum_rate(model, noise) / len(noise)
+def _limits(covariance: Floats, noise: Floats) -> tuple[float, float]:
+    """Bits a weight and client that Gaussian residuals need: without each other, and jointly.
+
+    The latter is :func:`commrt.federated.limits.sum_rate`, for a covariance that is dense.
+    """
+    _, log_det = np.linalg.slogdet(np.eye(len(noise)) + covariance / noise)
+    alone = _bits_alone(covariance, noise)
+    return float(alone.mean()), float(log_det) / (2 * math.log(2) * len(noise))
+
+
+def _bits_alone(covariance: Floats, noise: Floats) -> Floats:
+    """Bits a weight that each client's Gaussian residual needs without the others."""
+    bits: Floats = np.log2(1 + np.diagonal(covariance) / noise) / 2
+    return bits

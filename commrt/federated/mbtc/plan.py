@@ -3,8 +3,8 @@
 import functools
 import itertools
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,23 @@ NEGLIGIBLE_BITS, NEGLIGIBLE_MODULO_BITS = 0.01, 1.0
 SIGMAS_PER_OCTAVE = 32
 # Its multiples, less their whole parts, are spread evenly.
 GOLDEN_RATIO = 0.6180339887498949
+
+
+class Plan(NamedTuple):
+    """A round's joint decoding.
+
+    Attributes:
+        order: Places, the first to be decoded first.
+        planes: Of each place and group.
+        covariances: float64 (K, K), of the residuals of each group that is decoded jointly.
+    """
+
+    order: Sequence[int]
+    planes: Sequence[tuple[tuple[Plane, ...], ...]]
+    covariances: Mapping[int, NDArray[np.float64]]
+
+
+NO_PLAN = Plan((), (), {})
 
 
 def order_of(cohort: Sequence[int], round_index: int, planned: Planned | None) -> list[int]:
@@ -48,7 +65,7 @@ def planes_of_group(
     codec: "Mbtc",
     sigmas: NDArray[np.float64],
     order: Sequence[int],
-    bits_alone: float,
+    bits_alone: NDArray[np.float64],
     margin: float,
 ) -> list[tuple[Plane, ...]]:
     """The planes of each place; an empty tuple where a client is better coded alone.
@@ -57,14 +74,14 @@ def planes_of_group(
         codec: Its block, anchors and least gain.
         sigmas: (K,), in steps: what remains unknown of each residual, given those before it.
         order: In which they will be decoded.
-        bits_alone: Bits a weight without cosets.
+        bits_alone: (K,), bits a weight without cosets.
         margin: See :func:`commrt.codecs.polar.bits_needed`.
     """
     planes: list[tuple[Plane, ...]] = [()] * len(order)
     for place in order[num_anchors(codec, len(order)) :]:
         is_modulo = codec.joint == "modulo"
         chosen = planes_for(float(sigmas[place]), codec.block, margin, is_modulo=is_modulo)
-        if bits_alone - bits_of(chosen, codec.block) > codec.least_gain:
+        if bits_alone[place] - bits_of(chosen, codec.block) > codec.least_gain:
             planes[place] = chosen
     return planes
 

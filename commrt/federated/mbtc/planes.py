@@ -6,7 +6,9 @@ plane that has to be decided, and one of the whole codes. What lies above the hi
 sent: it follows from the side information.
 """
 
+import copy
 import functools
+import itertools
 import zlib
 from collections.abc import Sequence
 
@@ -84,6 +86,21 @@ class Blocks:
             for plane in self.planes
         ]
         self._whole_checks = [reader.take(CHECK_BYTES) for _ in range(count)]
+
+    def part(self, which: range) -> "Blocks":
+        """Some of the blocks, counted from the first of them, that share codes with these."""
+        cut, part = slice(which.start, which.stop), copy.copy(self)
+        part.codes, part.is_whole = self.codes[cut], self.is_whole[cut]
+        part._decided = self._decided[cut]
+        part._sent = [each[cut] for each in self._sent]
+        part._checks = [each and each[cut] for each in self._checks]
+        part._whole_checks = self._whole_checks[cut]
+        return part
+
+    def section(self) -> bytes:
+        """What these were read from."""
+        checks = (each for each in self._checks if each is not None)
+        return b"".join(itertools.chain(*self._sent, *checks, self._whole_checks))
 
     def decide(self, which: Sequence[int], position: Tensor, sigma: float) -> None:
         """Decide blocks as far as what was sent allows.

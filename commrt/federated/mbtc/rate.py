@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from commrt.errors import ConfigError
 from commrt.federated.allocation import (
     Allocation,
     allocate,
@@ -71,6 +72,19 @@ class Planned(NamedTuple):
     steps: list[float]
     orders: Sequence[tuple[int, ...]] = ()
     shares: Sequence[float] = ()
+
+
+def check_budgets(cohort: Sequence[int], budgets: Mapping[int, float] | None) -> None:
+    """Raise :class:`ConfigError` unless each client has one, in (0, 12], or none does."""
+    if budgets is None:
+        return
+    wrong = {
+        client: budgets.get(client)
+        for client in cohort
+        if not 0 < budgets.get(client, 0) <= MOST_BITS
+    }
+    if wrong:
+        raise ConfigError(f"budgets of clients are {wrong}: must be in (0, {MOST_BITS:g}]")
 
 
 class RateControl:

@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from commrt.errors import ConfigError, StateError, WireFormatError
-from commrt.federated.cohort import Round, RoundServer
+from commrt.errors import StateError, WireFormatError
+from commrt.federated.cohort import MOST_KEPT_BYTES, Round, RoundServer
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc import coding, plan, side
 from commrt.federated.mbtc.cosets import MOST_CLIENTS, Cosets
 from commrt.federated.mbtc.ended import Ended, gathered
 from commrt.federated.mbtc.parameters import Parameters
-from commrt.federated.mbtc.rate import MOST_BITS, Coded, Energy, RateControl
+from commrt.federated.mbtc.plan import NO_PLAN, Plan
+from commrt.federated.mbtc.rate import Coded, Energy, RateControl, check_budgets
 from commrt.federated.mbtc.received import (
     Frame,
     Received,
@@ -24,6 +25,7 @@ from commrt.federated.mbtc.received import (
     read_updates,
 )
 from commrt.federated.mbtc.requests import Wanted, write_request
+from commrt.federated.mbtc.sharing import JointDecoding, agreed
 from commrt.federated.mbtc.side import History, Sources
 from commrt.federated.mbtc.tables import Tables
 from commrt.federated.mean import ExactMean
@@ -34,8 +36,7 @@ from commrt.federated.wire import Kind, seal, unseal
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
 
-# What is kept of decoded updates between receive() and finish(), and about what one takes.
-MOST_KEPT_BYTES = 1 << 28
+# Of a weight of an update that is decoded.
 RECEIVED_BYTES = 10
 
 
@@ -49,18 +50,22 @@ class _Asked(NamedTuple):
 class MbtcServer(RoundServer):
     """See :class:`commrt.federated.mbtc.spec.Mbtc`.
 
-    Of peers the first one plans rounds and learns rates; each keeps the histories of the clients
-    that it is home to.
+    Of peers the first one plans rounds and learns rates and covariances; each keeps the histories
+    of the clients that it is home to, and decodes their updates; see :class:`JointDecoding` for
+    what is decoded jointly.
 
     Cost: histories, and in a round with no joint decoding the payloads; what is decoded of them is
-    kept to the round's end up to 256 MB, and beyond decoded twice.
+    kept to the round's end up to 256 MB, and beyond decoded twice. With joint decoding all of it is
+    kept, about 10 bytes a weight of each update. Between peers goes the sum, 8 bytes a weight; of
+    cohorts of up to 64 clients 4 bytes a weight and client to the first one, which learns from
+    them and has them until the end; with ``combine="lmmse"`` 4 more, and the mean back.
     """
 
     def __init__(self, codec: "Mbtc", layout: Layout, seed: int, peers: Peers = ALONE) -> None:
         self._may_join = codec.combine == "lmmse" or (
             codec.joint != "off" and any(group.numel >= codec.block for group in layout.groups)
         )
-        super().__init__(ALONE if self._may_join else peers)
+        super().__init__(peers)
         self._codec, self._layout, self._seed = codec, layout, seed
         self._tags: dict[int, int] = {}
         self._tables = {has_own: Tables(layout) for has_own in (False, True)}
@@ -68,7 +73,7 @@ class MbtcServer(RoundServer):
         self._cosets = Cosets(codec, layout)
         self._mean: Tensor | None = None
         self._most_kept = MOST_KEPT_BYTES // (RECEIVED_BYTES * layout.numel)
-        self._start_round(None, {})
+        self._start_round(None, {}, NO_PLAN)
 
     def begin(
         self,
@@ -90,35 +95,22 @@ class MbtcServer(RoundServer):
                 to them. Default, rates are divided among them for the codec's ``nmse`` or ``bits``.
 
         Raises:
-            ConfigError: As there; or a budget is missing or not in (0, 12].
+            ConfigError: As there; or a budget is missing or not in (0, 12]; or the cohort is too
+                large for ``combine="lmmse"``.
         """
         running = Round(round_index, cohort, weights)
-        if budgets is not None:
-            wrong = {
-                client: budgets.get(client)
-                for client in running.cohort
-                if not 0 < budgets.get(client, 0) <= MOST_BITS
-            }
-            if wrong:
-                raise ConfigError(f"budgets of clients are {wrong}: must be in (0, {MOST_BITS:g}]")
+        self._cosets.check(running.cohort)
+        check_budgets(running.cohort, budgets)
         known = self._mean if previous is None else self._layout.check(previous, "previous").clone()
-        told, frames = dict[int, Parameters](), None
+        told, plan, frames = dict[int, Parameters](), None, None
         if self._peers.rank == 0:
-            told = self._plan(running, budgets, has_previous=known is not None)
-            frames = {
-                client: seal(
-                    Kind.PARAMETERS, running.index, each.pack(), self._context(running, client)
-                )
-                for client, each in told.items()
-            }
+            told, plan = self._plan(running, budgets, has_previous=known is not None)
+            frames = self._sealed(running, told)
         frames = self._peers.broadcast(frames)
         if self._peers.rank:
-            told = {
-                client: self._read_parameters(running, client, frame)
-                for client, frame in frames.items()
-                if self.home(client) == self._peers.rank
-            }
-        self._start_round(known, told)
+            told = self._read_told(running, frames)
+        planes = [told[client].planes for client in running.cohort if client in told]
+        self._start_round(known, told, agreed(self._peers, plan, planes))
         self._round = running
         return running.sent(frames)
 
@@ -135,6 +127,7 @@ class MbtcServer(RoundServer):
             running.came(client, payload, is_answer=client in self._payloads)
             if client in self._asked:
                 self._take_answer(running, client, self._received[place], payload)
+                self._taken[client] += len(payload)
             elif client in self._payloads:
                 raise WireFormatError(f"client {client} has sent its update of this round before")
             else:
@@ -152,7 +145,7 @@ class MbtcServer(RoundServer):
             for each in some:
                 self._take_updates(running, [each])
             raise
-        is_kept = self._cosets.is_running or len(self._received) < self._most_kept
+        is_kept = self._joint.is_running or len(self._received) < self._most_kept
         for (client, payload), update in zip(some, received, strict=True):
             self._largest[client] = update.largest
             self._payloads[client] = payload
@@ -163,23 +156,23 @@ class MbtcServer(RoundServer):
     def requests(self) -> dict[int, bytes]:
         """See :meth:`Server.requests`."""
         running = self._running()
-        self._cosets.decode(self._received)
+        self._joint.decode(self._received)
         frames = {}
         self._asked.clear()
-        for place, update in self._received.items():
+        for place in self._received:
             client = running.cohort[place]
-            wanted = self._cosets.wanted(update)
+            wanted = self._joint.wanted(place)
             if wanted:
                 body = write_request(wanted, self._told[client].planes)
                 self._asked[client] = _Asked(wanted, zlib.crc32(body))
                 context = self._context(running, client)
                 frames[client] = seal(Kind.REQUEST, running.index, body, context)
-        return running.sent(frames)
+        return running.sent(self._joint.all_frames(frames))
 
     def finish(self) -> Aggregate:
         """See :meth:`Server.finish`; the first peer alone has a report."""
         running, self._round = self._running(), None
-        self._cosets.decode(self._received)
+        self._joint.decode(self._received)
         shares, traffic, mean = self._gathered(running, self._layout.numel, self._largest)
         ended = [
             each
@@ -190,13 +183,14 @@ class MbtcServer(RoundServer):
         self._peers.sum_(mean.total)
         for tables in self._tables.values():
             tables.close_round(self._peers)
+        if self._joint.is_running:
+            missing = self._joint.close(self._received)
+            mean.added = [(share, missing.get(running.place(c), ())) for c, share in shares.items()]
         self._mean = mean.mean()
-        report = {}
-        if self._codec.combine == "lmmse":
-            report["alignment"] = self._cosets.refine_(self._mean, list(shares.values()), ended)
+        report = self._cosets.refine_(self._mean, list(shares.values()), ended, self._peers)
         if self._peers.rank == 0:
             report |= self._learn(running, shares, ended)
-        self._start_round(None, {})
+        self._start_round(None, {}, NO_PLAN)
         return Aggregate(
             mean=self._mean.clone(), traffic=traffic, clients=tuple(shares), report=report
         )
@@ -244,16 +238,16 @@ class MbtcServer(RoundServer):
 
     def _plan(
         self, running: Round, budgets: Mapping[int, float] | None, *, has_previous: bool
-    ) -> dict[int, Parameters]:
-        """What each client is told."""
+    ) -> tuple[dict[int, Parameters], Plan]:
+        """What each client is told, and what is decoded jointly."""
         cohort = running.cohort
         planned = self._rates.begin(
             cohort, running.shares(cohort), budgets, self._cosets.covariance(cohort)
         )
         order = plan.order_of(cohort, running.index, None if budgets is None else planned)
-        planes = self._cosets.begin(cohort, planned.steps, order)
+        joint = self._cosets.begin(cohort, planned.steps, order)
         fitted = {has_own: tables.fit() for has_own, tables in self._tables.items()}
-        return {
+        told = {
             client: Parameters(
                 step=step,
                 history=self._tags.get(client, 0),
@@ -261,11 +255,15 @@ class MbtcServer(RoundServer):
                 planes=each,
                 has_previous=has_previous,
             )
-            for client, each, step in zip(cohort, planes, planned.steps, strict=True)
+            for client, each, step in zip(cohort, joint.planes, planned.steps, strict=True)
         }
+        return told, joint
 
-    def _start_round(self, previous: Tensor | None, told: dict[int, Parameters]) -> None:
+    def _start_round(
+        self, previous: Tensor | None, told: dict[int, Parameters], plan: Plan
+    ) -> None:
         self._previous, self._digest, self._told = previous, side.digest(previous), told
+        self._joint = JointDecoding(self._layout, self._codec.block, self._peers, plan)
         self._received: dict[int, Received] = {}
         self._payloads: dict[int, bytes] = {}
         self._largest: dict[int, float] = {}
@@ -275,9 +273,25 @@ class MbtcServer(RoundServer):
     def _context(self, running: Round, client: int, *known: int) -> bytes:
         return coding.context(self._codec, self._layout, self._seed, running.index, client, *known)
 
-    def _read_parameters(self, running: Round, client: int, frame: bytes) -> Parameters:
-        body = unseal(Kind.PARAMETERS, running.index, frame, self._context(running, client))
-        return Parameters.unpack(body, len(self._layout.groups), self._codec.block)
+    def _sealed(self, running: Round, told: Mapping[int, Parameters]) -> dict[int, bytes]:
+        return {
+            client: seal(
+                Kind.PARAMETERS, running.index, each.pack(), self._context(running, client)
+            )
+            for client, each in told.items()
+        }
+
+    def _read_told(self, running: Round, frames: Mapping[int, bytes]) -> dict[int, Parameters]:
+        """What clients are told: those at home here, or all that may be decoded jointly."""
+        may_join = self._may_join and len(running.cohort) <= MOST_CLIENTS
+        told = dict[int, Parameters]()
+        for client, frame in frames.items():
+            if may_join or self.home(client) == self._peers.rank:
+                context = self._context(running, client)
+                body = unseal(Kind.PARAMETERS, running.index, frame, context)
+                groups = len(self._layout.groups)
+                told[client] = Parameters.unpack(body, groups, self._codec.block)
+        return told
 
     def _read(self, running: Round, some: Sequence[tuple[int, bytes]]) -> list[Received]:
         frames = [self._frame(running, client, payload) for client, payload in some]
@@ -307,7 +321,7 @@ class MbtcServer(RoundServer):
         body = unseal(Kind.ANSWER, running.index, payload, context)
         taken = read_answer(body, wanted, update, self._layout)
         for each, answer in zip(wanted, taken, strict=True):
-            self._cosets.take(each, answer, update.blocks[each.group])
+            self._joint.take(running.place(client), each, answer, update.blocks[each.group])
         del self._asked[client]
 
     def _batches(self, running: Round) -> Iterator[list[tuple[int, Received]]]:
@@ -383,7 +397,7 @@ class MbtcServer(RoundServer):
         self._rates.learn({each.client: each.coded for each in ended})
         noise = sum(shares[each.client] ** 2 * each.coded.noise for each in ended)
         energy = sum(shares[each.client] ** 2 * each.coded.energy.update for each in ended)
-        figures = self._cosets.learn(running.cohort, ended)
+        figures = self._cosets.learn(running.cohort, ended, self._joint)
         return {"nmse": noise / energy if energy > 0 else math.inf, **figures}
 
 

@@ -123,8 +123,5 @@ class Mbtc(Uplink):
         return encode_all(self, own[0].layout, own, round_index, updates, parameters, previous)
 
     def server(self, layout: Layout, *, seed: int = 0, peers: Peers = ALONE) -> "MbtcServer":
-        """See :meth:`Uplink.server`; it is shared where there can be no joint decoding.
-
-        That is, with ``combine="mean"``, and ``joint="off"`` or groups all smaller than ``block``.
-        """
+        """See :meth:`Uplink.server`; it is shared by clients, and what is joint by blocks."""
         return MbtcServer(self, layout, seed, peers)

@@ -11,7 +11,7 @@ from commrt import ops
 from commrt.codecs.code_tables import NUM_PHASES, fit_rows, used_columns
 from commrt.federated.layout import Layout
 from commrt.federated.mbtc.parameters import NUM_CLASSES
-from commrt.federated.peers import Peers
+from commrt.federated.peers import Peers, gather
 from commrt.ops.rans import SYMBOLS
 
 NUM_CONTEXTS = NUM_CLASSES * NUM_PHASES
@@ -42,8 +42,7 @@ class Tables:
         Only the first one has the others' counts.
         """
         if peers.size > 1:
-            parts = peers.all_gather(_sparse(self._fresh) if self._has_fresh else b"")
-            for part in parts[1:] if peers.rank == 0 else []:
+            for part in gather(peers, _sparse(self._fresh) if self._has_fresh else b"")[1:]:
                 self._add(part)
         if self._has_fresh:
             fresh = self._fresh.view(-1, NUM_CLASSES, NUM_PHASES, SYMBOLS)
