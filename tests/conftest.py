@@ -24,9 +24,22 @@ hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, prin
 hypothesis.settings.load_profile("ci" if "CI" in os.environ else "local")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # Begun last, they would leave the other workers idle until they end.
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Put slow tests first, those of a file together: begun last, one worker would end with them.
+
+    pytest-xdist gives each worker as many tests as the next, in order, to begin with.
+    """
+    count = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    others = [item for item in items if not item.get_closest_marker("slow")]
+    files = list(dict.fromkeys(item.path for item in slow))
+    arranged: list[pytest.Item] = []
+    for worker in range(count):
+        first = [item for item in slow if files.index(item.path) % count == worker]
+        size = max(0, (len(items) - len(arranged)) // (count - worker) - len(first))
+        arranged += first + others[:size]
+        del others[:size]
+    items[:] = arranged + others
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
