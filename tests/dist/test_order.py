@@ -87,19 +87,23 @@ def test_jobs_after_a_failed_one_fail_with_it_as_their_cause() -> None:
         assert error.__cause__ is errors[1]
 
 
-def commrt_threads() -> set[str]:
-    return {thread.name for thread in threading.enumerate() if thread.name.startswith("commrt-")}
+PIPELINE = {"commrt-reduce", "commrt-gather"}
+
+
+def leg_threads() -> set[str]:
+    """The threads of pipelines; other tests of this process may have left other ones."""
+    return {thread.name for thread in threading.enumerate()} & PIPELINE
 
 
 def test_close_ends_the_threads_after_what_is_queued() -> None:
     pipeline = ThreadPipeline()
-    assert commrt_threads() == {"commrt-reduce", "commrt-gather"}
+    assert leg_threads() == PIPELINE
     futures = [
         pipeline.submit(lambda index=index: index, lambda received: torch.tensor(received))
         for index in range(20)
     ]
     pipeline.close()
-    assert commrt_threads() == set()
+    assert leg_threads() == set()
     assert [future.wait().item() for future in futures] == list(range(20))
 
 
@@ -107,7 +111,7 @@ def test_close_ends_the_threads_after_an_error() -> None:
     pipeline = ThreadPipeline()
     future = pipeline.submit(lambda: 1, lambda received: fail("gather"))
     pipeline.close()
-    assert commrt_threads() == set()
+    assert leg_threads() == set()
     with pytest.raises(Exception, match="gather"):
         future.wait()
 
@@ -301,13 +305,13 @@ def forgotten_models() -> int:
         model = wrap(small_model())
         comm = commrt.attach(model)
         backward(model, 0)
-        assert commrt_threads()
+        assert leg_threads()
         del model, comm
         gc.collect()
     deadline = time.monotonic() + WAIT_S
-    while commrt_threads() and time.monotonic() < deadline:
+    while leg_threads() and time.monotonic() < deadline:
         time.sleep(0.01)
-    return len(commrt_threads())
+    return len(leg_threads())
 
 
 def test_threads_end_with_their_model() -> None:
