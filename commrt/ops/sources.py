@@ -64,12 +64,7 @@ def source_energies(
     """
     check_vector("energies", energies, torch.float32)
     _check_sources(energies, "energies", previous, own)
-    if not 0 <= previous_weight <= torch.finfo(torch.float32).max:
-        raise ConfigError(f"previous_weight={previous_weight!r}: must be in [0, 3.4e38]")
-    if any(min(shape) < 0 for shape in shapes):
-        raise ConfigError(f"shapes={shapes!r}: must have no negative number")
-    if sum(rows * cols for rows, cols in shapes) != energies.numel():
-        raise ConfigError(f"shapes={shapes!r}: must have {energies.numel()} elements, as energies")
+    check_matrices(shapes, previous_weight, energies.numel(), "energies")
     places = [number for shape in shapes for number in shape]
     torch.ops.commrt.source_energies(energies, previous, own, previous_weight, places)
 
@@ -100,7 +95,7 @@ def source_prediction(
     """
     check_vector("predicted", predicted, torch.float32)
     _check_sources(predicted, "predicted", previous, own)
-    _check_ends(predicted, "predicted", ends)
+    check_ends(predicted, "predicted", ends)
     if len(weights) != ends.numel():
         raise ConfigError(f"weights of {len(weights)} groups: must be of {ends.numel()}")
     flat = [weight for pair in weights for weight in pair]
@@ -131,7 +126,7 @@ def source_products(
     """
     check_vector("update", update, torch.float32)
     _check_sources(update, "update", previous, own)
-    _check_ends(update, "update", ends)
+    check_ends(update, "update", ends)
     check_matrix("products", products, torch.float64, ends.numel(), NUM_PRODUCTS)
     check_device("products", products, "update", update)
     torch.ops.commrt.source_products(products, update, previous, own, ends)
@@ -186,7 +181,20 @@ def _check_sources(first: Tensor, of: str, previous: Tensor | None, own: Tensor 
     )
 
 
-def _check_ends(first: Tensor, of: str, ends: Tensor) -> None:
+def check_matrices(
+    shapes: Sequence[tuple[int, int]], previous_weight: float, numel: int, of: str
+) -> None:
+    """That energies can be worked out of these, for as many elements as ``of`` has."""
+    if not 0 <= previous_weight <= torch.finfo(torch.float32).max:
+        raise ConfigError(f"previous_weight={previous_weight!r}: must be in [0, 3.4e38]")
+    if any(min(shape) < 0 for shape in shapes):
+        raise ConfigError(f"shapes={shapes!r}: must have no negative number")
+    if sum(rows * cols for rows, cols in shapes) != numel:
+        raise ConfigError(f"shapes={shapes!r}: must have {numel} elements, as {of}")
+
+
+def check_ends(first: Tensor, of: str, ends: Tensor) -> None:
+    """That there is an end for each of some groups, where the first tensor is."""
     check_vector("ends", ends, torch.int64)
     check_device("ends", ends, of, first)
     if ends.numel() < 1:

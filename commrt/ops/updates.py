@@ -15,7 +15,7 @@ from torch import Tensor
 from commrt.errors import ConfigError
 from commrt.ops.checks import check_device, check_matrix, check_vector
 from commrt.ops.dither import DIMENSION, MAX_CLASSES, check_dither, check_step
-from commrt.ops.sources import NUM_PRODUCTS, SOURCE_DTYPES
+from commrt.ops.sources import NUM_PRODUCTS, SOURCE_DTYPES, check_ends, check_matrices
 
 Own = Sequence[Tensor | None]
 
@@ -37,7 +37,7 @@ def update_products(
     """
     count, numel = _check_rows("updates", updates, torch.float32, len(own))
     _check_sources(updates, numel, previous, own)
-    _check_ends(ends, updates)
+    check_ends(updates, "updates", ends)
     check_matrix("products", products, torch.float64, count, NUM_PRODUCTS * ends.numel())
     check_device("products", products, "updates", updates)
     torch.ops.commrt.update_products(products, updates, previous, own, ends)
@@ -85,15 +85,10 @@ def update_rows(
     for name, matrix in (("contexts", contexts), ("rows", rows)):
         check_matrix(name, matrix, torch.int16, count, numel)
         check_device(name, matrix, "predicted", predicted)
-    _check_ends(ends, predicted)
+    check_ends(predicted, "predicted", ends)
     if len(weights) != 2 * ends.numel() * count:
         raise ConfigError(f"{len(weights)} weights: must be {2 * ends.numel() * count}")
-    if not 0 <= previous_weight <= torch.finfo(torch.float32).max:
-        raise ConfigError(f"previous_weight={previous_weight!r}: must be in [0, 3.4e38]")
-    if any(min(shape) < 0 for shape in shapes):
-        raise ConfigError(f"shapes={shapes!r}: must have no negative number")
-    if sum(rows * cols for rows, cols in shapes) != numel:
-        raise ConfigError(f"shapes={shapes!r}: must have {numel} elements, as predicted")
+    check_matrices(shapes, previous_weight, numel, "predicted")
     _check_tables(tables, ends, predicted)
     if not (len(tables) == len(bases) == count):
         raise ConfigError(f"{len(tables)} tables and {len(bases)} bases: must be {count}")
@@ -195,7 +190,7 @@ def update_values(
     for name, matrix in (("predicted", predicted), ("values", values), ("residuals", residuals)):
         check_matrix(name, matrix, torch.float32, count, numel)
         check_device(name, matrix, "codes", codes)
-    _check_ends(ends, codes)
+    check_ends(codes, "codes", ends)
     check_matrix("products", products, torch.float64, count, NUM_PRODUCTS * ends.numel())
     check_device("products", products, "codes", codes)
     _check_dithers(codes.shape[1], seeds, lattice, count)
@@ -251,13 +246,6 @@ def _check_sources(first: Tensor, numel: int, previous: Tensor | None, own: Own)
         if source.numel() != numel:
             raise ConfigError(f"{name} has {source.numel()} elements: must have {numel}")
         check_device(name, source, "the first", first)
-
-
-def _check_ends(ends: Tensor, first: Tensor) -> None:
-    check_vector("ends", ends, torch.int64)
-    check_device("ends", ends, "the first", first)
-    if ends.numel() < 1:
-        raise ConfigError("ends has no elements: must have one for each group")
 
 
 def _check_dithers(width: int, seeds: Sequence[int], lattice: str, count: int) -> None:

@@ -137,10 +137,8 @@ class _Encoding:
 
     def _as_chosen(self, which: list[int]) -> None:
         """Code these with tables of their own, and steps where those that were told are useless."""
-        updates, blank = (
-            self._some(which),
-            torch.zeros(len(self._layout.groups), NUM_CLASSES, dtype=torch.int16),
-        )
+        updates = self._some(which)
+        blank = torch.zeros(len(self._layout.groups), NUM_CLASSES, dtype=torch.int16)
         predicted = self._codings(which, [1.0] * len(which), [blank] * len(which)).predicted
         largest = (updates - predicted).abs().amax(dim=1).tolist()
         steps = [self._step(place, far) for place, far in zip(which, largest, strict=True)]

@@ -88,9 +88,14 @@ def through_shim() -> Iterator[None]:
         _is_through_shim = False
 
 
+def threads() -> object:
+    """Where an op runs that has kernels for the CPU only."""
+    return native.Threads(torch.get_num_threads())
+
+
 def where(tensor: Tensor) -> object:
     """The first of a kernel's tensors says where it runs."""
     if tensor.is_cuda:
         stream = torch.cuda.current_stream(tensor.device).cuda_stream
         return native.Queue(stream)
-    return native.Queue(0) if _is_through_shim else native.Threads(torch.get_num_threads())
+    return native.Queue(0) if _is_through_shim else threads()

@@ -2,10 +2,9 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
-from commrt.ops.native.module import native, where
+from commrt.ops.native.module import native, threads, where
 from commrt.ops.rans import outside
 
 SCHEMAS = (
@@ -87,7 +86,7 @@ def rans_count_(counts: Tensor, codes: Tensor, rows: Tensor, ends: list[int]) ->
         ends,
         counts.shape[1],
         counts.data_ptr(),
-        native.Threads(torch.get_num_threads()),
+        threads(),
     )
     if not found:
         raise outside(rows, counts.shape[1])

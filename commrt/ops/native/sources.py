@@ -2,10 +2,9 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
-from commrt.ops.native.module import DTYPE_CODE, native
+from commrt.ops.native.module import DTYPE_CODE, native, threads
 
 SCHEMAS = (
     "source_energies(Tensor(a!) energies, Tensor? previous, Tensor? own, float previous_weight, "
@@ -17,10 +16,6 @@ SCHEMAS = (
     "source_history(Tensor(a!) kept, Tensor decoded, Tensor predicted, Tensor rows, "
     "Tensor shares) -> ()",
 )
-
-
-def _threads() -> object:
-    return native.Threads(torch.get_num_threads())
 
 
 def _source(tensor: Tensor | None) -> object:
@@ -38,7 +33,7 @@ def source_energies(
 ) -> None:
     """See :func:`commrt.ops.source_energies`."""
     native.source_energies(
-        energies.data_ptr(), _source(previous), _source(own), previous_weight, shapes, _threads()
+        energies.data_ptr(), _source(previous), _source(own), previous_weight, shapes, threads()
     )
 
 
@@ -57,7 +52,7 @@ def source_prediction(
         _source(own),
         weights,
         native.Groups(ends.data_ptr(), ends.numel()),
-        _threads(),
+        threads(),
     )
 
 
@@ -72,7 +67,7 @@ def source_products(
         _source(previous),
         _source(own),
         native.Groups(ends.data_ptr(), ends.numel()),
-        _threads(),
+        threads(),
     )
 
 
@@ -88,7 +83,7 @@ def source_history(
         kept.numel(),
         shares.data_ptr(),
         shares.numel(),
-        _threads(),
+        threads(),
     )
 
 

@@ -2,11 +2,10 @@
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from commrt.ops.native.dither import LATTICE_CODE
-from commrt.ops.native.module import DTYPE_CODE, native
+from commrt.ops.native.module import DTYPE_CODE, native, threads
 
 SCHEMAS = (
     "update_products(Tensor(a!) products, Tensor updates, Tensor? previous, Tensor?[] own, "
@@ -21,10 +20,6 @@ SCHEMAS = (
     "float[] steps, int[] seeds, str lattice) -> ()",
     "update_add_(Tensor(a!) total, Tensor updates, float[] factors) -> ()",
 )
-
-
-def _threads() -> object:
-    return native.Threads(torch.get_num_threads())
 
 
 def _sources(previous: Tensor | None, own: Sequence[Tensor | None]) -> object:
@@ -58,7 +53,7 @@ def update_products(
         native.Updates(*updates.shape, updates.shape[1]),
         _sources(previous, own),
         _groups(ends),
-        _threads(),
+        threads(),
     )
 
 
@@ -91,7 +86,7 @@ def update_rows(
         tables[0].shape[1] if tables else 1,
         bases,
         native.Lattices(LATTICE_CODE["z"], [], seeds),
-        _threads(),
+        threads(),
     )
 
 
@@ -115,7 +110,7 @@ def update_codes(
         native.Updates(*rows.shape, codes.shape[1]),
         native.Lattices(LATTICE_CODE[lattice], steps, seeds),
         _kept(kept, shares),
-        _threads(),
+        threads(),
     )
 
 
@@ -145,7 +140,7 @@ def update_values(
         native.Lattices(LATTICE_CODE[lattice], steps, seeds),
         _groups(ends),
         _kept(kept, shares),
-        _threads(),
+        threads(),
     )
 
 
@@ -157,7 +152,7 @@ def update_add_(total: Tensor, updates: Tensor, factors: Sequence[float]) -> Non
         total.numel(),
         updates.stride(0),
         factors,
-        _threads(),
+        threads(),
     )
 
 
