@@ -81,7 +81,7 @@ class Round:
             arrived: Of each client whose update is here, a number.
         """
         own = struct.pack("<qq", sum(self._uplink_bytes.values()), self._answer_bytes)
-        own += b"".join(struct.pack("<qd", *each) for each in arrived.items())
+        own += b"".join(struct.pack("<qd", self.place(c), most) for c, most in arrived.items())
         found, uplink_bytes, answer_bytes = dict[int, float](), 0, 0
         for part in peers.all_gather(own):
             uplink, answers = struct.unpack_from("<qq", part)
