@@ -86,7 +86,8 @@ class Round:
         for part in peers.all_gather(own):
             uplink, answers = struct.unpack_from("<qq", part)
             uplink_bytes, answer_bytes = uplink_bytes + uplink, answer_bytes + answers
-            found.update(struct.iter_unpack("<qd", part[16:]))
+            for place, most in struct.iter_unpack("<qd", part[16:]):
+                found[self.cohort[place]] = most
         traffic = dataclasses.replace(
             self.traffic, uplink_bytes=uplink_bytes, answer_bytes=answer_bytes
         )
