@@ -10,6 +10,7 @@ store is a file in a temporary directory: tests can run in parallel under pytest
 
 import contextlib
 import faulthandler
+import math
 import multiprocessing
 import os
 import pickle
@@ -19,6 +20,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
@@ -57,8 +59,8 @@ class RankError(RuntimeError):
     """A rank raised, died or did not finish in time.
 
     Attributes:
-        failures: what happened, by rank, in the order in which it was noticed: the first is
-            the most likely cause.
+        failures: what happened, by rank, the most likely cause first: those that died without a
+            word, then the others in the order in which they raised, then those that did not end.
     """
 
     def __init__(self, failures: dict[int, str]) -> None:
@@ -131,6 +133,16 @@ def _context() -> Starting:
     return context
 
 
+@dataclass
+class _Raised:
+    """Sent in place of a value: when the rank raised, by the clock that all processes share.
+
+    Of ranks that fail within moments, the parent may notice the last one first.
+    """
+
+    at: float
+
+
 class _Ranks:
     """The processes of one call, as their parent sees them."""
 
@@ -139,6 +151,7 @@ class _Ranks:
         self.processes: list[BaseProcess] = []
         self.outcomes: list[Connection] = []
         self.failures: dict[int, str] = {}
+        self.failed_at: dict[int, float] = {}
 
     def start(
         self, rank: int, world_size: int, backend: str, timeout_s: float, call: bytes
@@ -159,7 +172,7 @@ class _Ranks:
         """Wait until every rank has ended; return the values or raise what went wrong."""
         deadline = time.monotonic() + timeout_s
         values: dict[int, Any] = {}
-        # First a rank sends its value or, failing, nothing; then its process ends.
+        # First a rank sends its value or when it raised, or dies without; then its process ends.
         pending: dict[Any, int] = {outcome: rank for rank, outcome in enumerate(self.outcomes)}
         while pending:
             ready = wait(pending, max(0.0, deadline - time.monotonic()))
@@ -176,14 +189,20 @@ class _Ranks:
                 deadline = min(deadline, time.monotonic() + _GRACE_S)
         self._give_up_on(list(pending.values()), timeout_s)
         if self.failures:
-            raise RankError(self.failures)
+            order = sorted(self.failures, key=lambda rank: self.failed_at.get(rank, math.inf))
+            raise RankError({rank: self.failures[rank] for rank in order})
         return [values[rank] for rank in range(len(self.processes))]
 
     def _receive(self, rank: int, values: dict[int, Any]) -> None:
         try:
-            values[rank] = pickle.loads(self.outcomes[rank].recv_bytes())
-        except (EOFError, OSError):  # before a value, or in the middle of it
+            outcome = pickle.loads(self.outcomes[rank].recv_bytes())
+        except (EOFError, OSError):  # before an outcome, or in the middle of it
+            outcome = _Raised(-math.inf)
+        if isinstance(outcome, _Raised):
             self.failures[rank] = "failed"  # its exit will tell more
+            self.failed_at[rank] = outcome.at
+        else:
+            values[rank] = outcome
 
     def _check_exit(self, rank: int) -> None:
         process = self.processes[rank]
@@ -253,19 +272,24 @@ def _rank_main(
     # An exception goes on to multiprocessing, which prints it (to the log) and exits with code 1;
     # the parent hears of it at once because the pipe closes here.
     with outcome:
-        fn, args = pickle.loads(call)
-        dist.init_process_group(
-            backend,
-            store=dist.FileStore(str(directory / "store"), world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=timeout_s),
-        )
-        value = fn(*args)
-        if dist.is_initialized():
-            dist.barrier()
-            dist.destroy_process_group()
-        outcome.send_bytes(pickle.dumps(value))
+        try:
+            fn, args = pickle.loads(call)
+            dist.init_process_group(
+                backend,
+                store=dist.FileStore(str(directory / "store"), world_size),
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout_s),
+            )
+            value = fn(*args)
+            if dist.is_initialized():
+                dist.barrier()
+                dist.destroy_process_group()
+            message = pickle.dumps(value)
+        except BaseException:
+            outcome.send_bytes(pickle.dumps(_Raised(time.monotonic())))
+            raise
+        outcome.send_bytes(message)
 
 
 def _redirect_output(path: Path) -> None:

@@ -5,13 +5,14 @@ import signal
 import sys
 import threading
 import time
+from multiprocessing import connection
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from commrt.testing import RankError, loopback_bytes, run_ranks, tcp_bytes_sent
+from commrt.testing import RankError, loopback_bytes, multirank, run_ranks, tcp_bytes_sent
 
 
 def sum_of_ranks(x: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -99,6 +100,18 @@ def test_ranks_see_the_callers_environment(monkeypatch):
         assert run_ranks(read_environment, "COMMRT_TEST_VALUE", world_size=1) == [value]
 
 
+@pytest.fixture(params=[0.0, 1.0])
+def busy_parent(request, monkeypatch):
+    """Also one that looks only when all ranks have failed."""
+
+    def wait(*args):
+        time.sleep(request.param)
+        return connection.wait(*args)
+
+    monkeypatch.setattr(multirank, "wait", wait)
+
+
+@pytest.mark.usefixtures("busy_parent")
 def test_a_raising_rank_gives_its_traceback_first():
     failures = failures_of(raise_on_rank_1)
     assert next(iter(failures)) == 1
@@ -118,7 +131,8 @@ def test_a_hanging_rank_is_killed_in_time_and_shows_its_stack(tmp_path):
     assert not any(Path("/proc", pid).exists() for pid in pids)
 
 
-def test_a_killed_rank_is_reported_with_the_signal():
+@pytest.mark.usefixtures("busy_parent")
+def test_a_killed_rank_is_reported_first_with_the_signal():
     failures = failures_of(die_on_rank_1)
     assert next(iter(failures)) == 1
     assert failures[1].startswith("was killed by SIGKILL\n")
