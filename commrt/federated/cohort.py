@@ -19,11 +19,12 @@ class Round:
 
     Args:
         index: Its number, from 0.
-        cohort: The clients asked, each once.
+        cohort: The clients asked, each once: their numbers, in [0, 2**63).
         weights: By client, positive; None for equal ones.
 
     Raises:
-        ConfigError: An empty cohort, a client twice, a weight missing or not positive.
+        ConfigError: An empty cohort, a client twice or of a number that is none, a weight missing
+            or not positive.
     """
 
     def __init__(
@@ -35,6 +36,9 @@ class Round:
             raise ConfigError(
                 f"round {index} of cohort {self.cohort}: must be clients, each once, from round 0"
             )
+        strange = [client for client in self.cohort if not 0 <= client < 2**63]
+        if strange:
+            raise ConfigError(f"numbers of clients are {strange}: must be in [0, 2**63)")
         weights = dict.fromkeys(self.cohort, 1.0) if weights is None else weights
         wrong = {c: weights.get(c) for c in self.cohort if not 0 < weights.get(c, 0) < float("inf")}
         if wrong:
@@ -81,13 +85,12 @@ class Round:
             arrived: Of each client whose update is here, a number.
         """
         own = struct.pack("<qq", sum(self._uplink_bytes.values()), self._answer_bytes)
-        own += b"".join(struct.pack("<qd", self.place(c), most) for c, most in arrived.items())
+        own += b"".join(struct.pack("<qd", *each) for each in arrived.items())
         found, uplink_bytes, answer_bytes = dict[int, float](), 0, 0
         for part in peers.all_gather(own):
             uplink, answers = struct.unpack_from("<qq", part)
             uplink_bytes, answer_bytes = uplink_bytes + uplink, answer_bytes + answers
-            for place, most in struct.iter_unpack("<qd", part[16:]):
-                found[self.cohort[place]] = most
+            found.update(struct.iter_unpack("<qd", part[16:]))
         traffic = dataclasses.replace(
             self.traffic, uplink_bytes=uplink_bytes, answer_bytes=answer_bytes
         )

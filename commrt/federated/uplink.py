@@ -211,7 +211,7 @@ class Uplink(abc.ABC):
 
         Args:
             layout: Of the updates.
-            client: Its number, which the server knows it by.
+            client: Its number, which the server knows it by; in [0, 2**63).
             seed: Of all that is drawn, the same for all; in [0, 2**63).
         """
 

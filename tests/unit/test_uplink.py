@@ -135,7 +135,7 @@ def test_a_state_that_does_not_fit_changes_nothing(spec: str) -> None:
 def test_who_does_not_come_is_left_out(uplink: Uplink) -> None:
     training = Training(uplink)
     training.round()
-    for absent in (7, 20):
+    for absent in (7, CLIENTS[-1]):
         updates = training.updates()
         payloads = training.payloads(updates)
         del payloads[absent], updates[absent]
@@ -148,7 +148,7 @@ def test_who_does_not_come_is_left_out(uplink: Uplink) -> None:
 def test_weights_are_of_those_that_came() -> None:
     training = Training(parse_uplink("fp32"))
     updates = training.updates()
-    weights = {3: 1.0, 7: 2.0, 11: 5.0, 20: 4.0}
+    weights = {3: 1.0, 7: 2.0, 11: 5.0, CLIENTS[-1]: 4.0}
     told = training.server.begin(0, CLIENTS, weights=weights)
     for client in (3, 7, 11):
         payload = training.clients[client].encode(0, updates[client], told[client])
@@ -277,6 +277,9 @@ def test_cohorts() -> None:
         server.begin(0, [3, 3])
     with pytest.raises(ConfigError, match="must be clients, each once"):
         server.begin(0, [])
+    for number in (-1, 2**63):
+        with pytest.raises(ConfigError, match=rf"numbers of clients are \[{number}\]: must be"):
+            server.begin(0, [3, number])
     with pytest.raises(ConfigError, match=r"weights of clients are \{3: -1.0\}: must be positive"):
         server.begin(0, [3], weights={3: -1.0})
 

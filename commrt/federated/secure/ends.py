@@ -81,7 +81,7 @@ def read_clients(reader: Reader) -> tuple[int, ...]:
     """
     clients: list[int] = []
     for _ in range(reader.varint(MOST_CLIENTS)):
-        gap = reader.varint(1 << 62)
+        gap = reader.varint(2**63 - 1)
         if clients and not gap:
             raise WireFormatError(f"client {clients[-1]} is said twice")
         clients.append(gap + (clients[-1] if clients else 0))

@@ -36,7 +36,7 @@ def commrt_mod(message: Message, context: Context, call_next: ClientAppCallable)
     begun = tensors_of(only(message.content.array_records)[1], told["names"])
     layout = Layout.of(begun)
     before = layout.flatten(begun)
-    number = message.metadata.dst_node_id
+    number = number_of(message.metadata.dst_node_id)
     client = parse_uplink(told["uplink"]).client(layout, number, seed=told["seed"])
     if RECORD in context.state:
         memory: Any = context.state[RECORD]
@@ -55,6 +55,11 @@ def commrt_mod(message: Message, context: Context, call_next: ClientAppCallable)
     reply.content[name] = ArrayRecord({n: a for n, a in arrays.items() if n not in coded})
     reply.content[RECORD] = ConfigRecord({"payload": payload})
     return reply
+
+
+def number_of(node: int) -> int:
+    """The client that a node is: nodes have random numbers of 64 bits, clients of 63."""
+    return node % 2**63
 
 
 def only(records: Any) -> tuple[str, Any]:

@@ -11,7 +11,7 @@ from flwr.serverapp.strategy import Strategy
 
 from commrt.errors import ConfigError, WireFormatError
 from commrt.federated import Layout, Server, parse_uplink
-from commrt.integrations.flower.client import RECORD, only, tensors_of, weight_of
+from commrt.integrations.flower.client import RECORD, number_of, only, tensors_of, weight_of
 
 # They look at single updates, of which there is but the mean.
 _NEED_EACH = {
@@ -74,12 +74,13 @@ class CommrtStrategy(Strategy):  # type: ignore[misc, unused-ignore]
             layout = Layout.of({n: t for n, t in tensors.items() if t.is_floating_point()})
             self._ends = layout, self._uplink.server(layout, seed=self._seed)
         layout, server = self._ends
-        parameters = server.begin(server_round, [m.metadata.dst_node_id for m in messages])
+        clients = [number_of(message.metadata.dst_node_id) for message in messages]
+        parameters = server.begin(server_round, clients)
         told: dict[str, Any] = {"uplink": self._uplink.spec, "seed": self._seed}
         told |= {"round": server_round, "names": list(layout.shapes)}
         told["weighted_by"] = self._weighted_by
-        for message in messages:
-            own = ConfigRecord({**told, "parameters": parameters[message.metadata.dst_node_id]})
+        for client, message in zip(clients, messages, strict=True):
+            own = ConfigRecord({**told, "parameters": parameters[client]})
             # Their content is one object.
             message.content = RecordDict({**message.content, RECORD: own})
         return messages
@@ -91,7 +92,7 @@ class CommrtStrategy(Strategy):  # type: ignore[misc, unused-ignore]
         replies = list(replies)
         failed = [reply for reply in replies if reply.has_error()]
         sound = (reply for reply in replies if not reply.has_error())
-        arrived = {reply.metadata.src_node_id: reply for reply in sound if self._takes(reply)}
+        arrived = {_sender(reply): reply for reply in sound if self._takes(reply)}
         if not arrived or self._ends is None:
             nothing: tuple[ArrayRecord | None, MetricRecord | None]
             nothing = self._wrapped.aggregate_train(server_round, failed)
@@ -137,8 +138,12 @@ class CommrtStrategy(Strategy):  # type: ignore[misc, unused-ignore]
             raise ConfigError("a reply has no payload: commrt_mod must be among the clients' mods")
         sent: Any = reply.content.pop(RECORD)
         try:
-            self._ends[1].receive(reply.metadata.src_node_id, sent["payload"])
+            self._ends[1].receive(_sender(reply), sent["payload"])
         except WireFormatError as error:
             log(WARNING, "commrt: node %d is left out: %s", reply.metadata.src_node_id, error)
             return False
         return True
+
+
+def _sender(reply: Message) -> int:
+    return number_of(reply.metadata.src_node_id)
