@@ -46,6 +46,7 @@ def build(nvcc: Path) -> Path:
             options = {
                 "CMAKE_BUILD_TYPE": "Release",
                 "CMAKE_CXX_FLAGS_RELEASE": "-O0",  # of the CPU's kernels, which others test
+                "COMMRT_PORTABLE": "ON",
                 "CMAKE_CUDA_COMPILER": nvcc,
                 "CMAKE_CUDA_FLAGS": f"-Xptxas=-v -Werror=all-warnings --keep --keep-dir={folder}",
                 "COMMRT_CUDA": "ON",

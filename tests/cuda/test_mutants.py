@@ -359,6 +359,7 @@ def test_a_tier_catches(name: str, tmp_path: Path) -> None:
     source = SOURCES.get(mutant.op, mutant.op)
     program = mutant_program(mutant.tier, csrc, [source], tmp_path / "built")
     # The lines it runs must not count as covered by the checks.
-    found = attempt([program, mutant.op], GCOV_PREFIX=str(tmp_path))
+    environment = {"GCOV_PREFIX": str(tmp_path), "TSAN_OPTIONS": "halt_on_error=1"}
+    found = attempt([program, mutant.op], **environment)
     assert found.returncode != 0
     assert mutant.says in found.stdout
