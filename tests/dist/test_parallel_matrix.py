@@ -99,8 +99,9 @@ def check_cell(kind: str, feature: str) -> None:
         check_first_gradients(coded, kind, feature)
         losses = [train(model, range(4), run, largest=largest) for model in (plain, exact, coded)]
         assert losses[0] == losses[1]
+        weights = whole_weights(exact)
         for name, weight in whole_weights(plain).items():
-            assert same_bits(weight, whole_weights(exact)[name]), name
+            assert same_bits(weight, weights[name]), name
         assert losses[2] != losses[0]
         assert losses[2] == pytest.approx(losses[0], rel=0.05)
         assert comm.stats().steps == 5
