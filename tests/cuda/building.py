@@ -1,6 +1,7 @@
 """Builds csrc/checks: every CUDA kernel through the shim, beside the CPU's, and the shim by itself.
 
-Objects stay in build/checks, by a digest of all they depend on; workers wait for each other.
+Objects stay in build/checks, by a digest of all they depend on; workers wait for each other. The
+CPU's kernels are the objects of the module, in all tiers.
 """
 
 import contextlib
@@ -28,7 +29,6 @@ CXX_FLAGS = (
     "-ffp-contract=off",
     "-pthread",
 )
-CPU_FLAGS = ("-O1", "-DCOMMRT_ISA=portable", "-Wno-psabi")
 TIERS = {
     # No sanitizer, but counts of lines; with the shim as it is on other processors.
     "plain": ("-O0", "--coverage", "-DCOMMRT_SHIM_UCONTEXT"),
@@ -138,13 +138,11 @@ def attempt(command: Sequence[str | Path], **environment: str) -> subprocess.Com
 
 
 def _cpu_objects() -> list[Path]:
-    folder = folder_of("cpu")
-    with built_once(folder) as is_built:
-        if not is_built:
-            names = ("bandwidth", "dispatch", "thread_pool")
-            sources = [path for path in (CSRC / "cpu").glob("*.cpp") if path.stem not in names]
-            compile_all(sources, CPU_FLAGS, folder)
-    return sorted(folder.glob("*.o"))
+    """The module's own, as launch/test has built them for this Python."""
+    version = "".join(map(str, sys.version_info[:2]))
+    found = ROOT.glob(f"build/cp{version}-*/CMakeFiles/kernels_portable.dir/cpu/*.o")
+    names = {f"{path.name}.o" for path in (CSRC / "cpu").glob("*.cpp")} - {"bandwidth.cpp.o"}
+    return sorted(path for path in found if path.name in names)
 
 
 def folder_of(kind: str) -> Path:
@@ -156,9 +154,7 @@ def digest(kind: str) -> str:
     """Of the sources, the flags and the compiler."""
     total = hashlib.blake2b(digest_size=8)
     version = subprocess.run([CXX, "--version"], capture_output=True, check=True).stdout
-    total.update(
-        repr((CXX_FLAGS, CPU_FLAGS, TIERS.get(kind), SHIM_TIERS.get(kind[5:]), version)).encode()
-    )
+    total.update(repr((CXX_FLAGS, TIERS.get(kind), SHIM_TIERS.get(kind[5:]), version)).encode())
     for path in sorted(CSRC.rglob("*")):
         if path.is_file():
             total.update(str(path.relative_to(CSRC)).encode() + path.read_bytes())
