@@ -1,6 +1,7 @@
 """An uplink of any vector codec: each update is coded and decoded without the others."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from commrt.codecs import derive_seed
 from commrt.errors import ConfigError, StateError, WireFormatError
 from commrt.federated.cohort import MOST_KEPT_BYTES, Round, RoundServer
-from commrt.federated.layout import Layout
+from commrt.federated.layout import Layout, magnitude
 from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Aggregate, Client, Uplink
 from commrt.federated.vector import Draw, VectorCodec
@@ -55,7 +56,13 @@ class _Ends:
         return context_of(self.codec.spec, self.layout.digest, self.seed, round_index, client)
 
     def draw(self, round_index: int, index: int, count: int) -> Draw:
-        return Draw(seed=derive_seed("uplink", self.seed, round_index), index=index, count=count)
+        return Draw(seed=_round_seed(self.seed, round_index), index=index, count=count)
+
+
+@functools.lru_cache(maxsize=16)
+def _round_seed(seed: int, round_index: int) -> int:
+    """Which all clients of a round draw from."""
+    return derive_seed("uplink", seed, round_index)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +196,7 @@ class IndependentServer(RoundServer):
         context = self._ends.context(running.index, client)
         body = unseal(Kind.UPDATE, running.index, payload, context)
         update = self._decoded(running, client, body)
-        self._largest[client] = float(update.abs().max())
+        self._largest[client] = magnitude(update)
         if len(self._updates) < self._most_kept:
             self._updates[client] = update
         else:

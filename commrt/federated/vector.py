@@ -8,6 +8,7 @@ from torch import Tensor
 
 from commrt.codecs import derive_seed
 from commrt.errors import ConfigError
+from commrt.federated.layout import magnitude
 
 MAX_MAGNITUDE = 2.0**80
 """Of an element that codecs with scales take, so that no norm of theirs overflows fp32."""
@@ -128,7 +129,7 @@ def check_vector(vector: Tensor, largest: float = MAX_MAGNITUDE) -> Tensor:
             f"vector is {vector.dtype} {tuple(vector.shape)}: must be float32 with one dimension"
         )
     flat = vector.detach().cpu().contiguous()
-    if flat.numel() and not bool(flat.abs().max() <= largest):
+    if flat.numel() and not magnitude(flat) <= largest:
         first = int((~(flat.abs() <= largest)).nonzero()[0])
         raise ConfigError(
             f"vector[{first}] is {flat[first].item()}: "

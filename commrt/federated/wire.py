@@ -40,8 +40,9 @@ def context_of(*known: int | str) -> bytes:
 
 def seal(kind: Kind, round_index: int, body: bytes, context: bytes) -> bytes:
     """The frame around ``body``, 6 bytes longer."""
-    frame = bytes((WIRE_VERSION << 4 | kind, round_index & 0xFF)) + body
-    return frame + struct.pack("<I", zlib.crc32(frame, zlib.crc32(context)))
+    head = bytes((WIRE_VERSION << 4 | kind, round_index & 0xFF))
+    check = zlib.crc32(body, zlib.crc32(head, zlib.crc32(context)))
+    return b"".join((head, body, struct.pack("<I", check)))
 
 
 def unseal(kind: Kind, round_index: int, frame: bytes, context: bytes) -> bytes:
@@ -59,10 +60,10 @@ def unseal(kind: Kind, round_index: int, frame: bytes, context: bytes) -> bytes:
         raise WireFormatError(f"a frame of kind {found}: must be {kind.name.lower()}, {kind:d}")
     if frame[1] != round_index & 0xFF:
         raise WireFormatError(f"a frame of round {frame[1]}, mod 256: is round {round_index}")
-    whole, (check,) = frame[:-CHECK_BYTES], struct.unpack("<I", frame[-CHECK_BYTES:])
+    whole, (check,) = memoryview(frame)[:-CHECK_BYTES], struct.unpack("<I", frame[-CHECK_BYTES:])
     if zlib.crc32(whole, zlib.crc32(context)) != check:
         raise WireFormatError("the check fails: a damaged frame, or of another client or state")
-    return whole[HEAD_BYTES:]
+    return frame[HEAD_BYTES:-CHECK_BYTES]
 
 
 def varint(number: int) -> bytes:

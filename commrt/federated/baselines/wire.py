@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from commrt.errors import WireFormatError
+from commrt.federated.layout import magnitude
 from commrt.federated.vector import MAX_SCALE
 
 
@@ -48,7 +49,7 @@ class PayloadReader:
         raw = torch.empty(count, dtype=dtype)
         raw.view(torch.uint8).numpy()[:] = self.take(count * dtype.itemsize)
         values = raw.float()
-        if not bool((values.abs() <= largest).all()):
+        if count and not magnitude(values) <= largest:
             raise WireFormatError(f"payload has a value that is not finite or above {largest:g}")
         return values
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from commrt.codecs.code_tables import NUM_PHASES
 from commrt.codecs.entropy import count_codes, encode_vectors, fit_rows
 from commrt.errors import ConfigError
-from commrt.federated.layout import Layout
+from commrt.federated.layout import Layout, magnitude
 from commrt.federated.mbtc import coding, planes, side
 from commrt.federated.mbtc.coding import Coding, Codings
 from commrt.federated.mbtc.parameters import LEAST_STEP, MOST_STEP, NUM_CLASSES, Parameters
@@ -72,7 +72,7 @@ def encode_all(
         ConfigError: As there; or an element is larger than 2**60.
     """
     updates = layout.check(updates, "update", count=len(clients))
-    worst = max(abs(float(each)) for each in updates.aminmax())
+    worst = magnitude(updates)
     if worst > MOST_MAGNITUDE:
         raise ConfigError(f"update has an element of {worst:g}: must be within {MOST_MAGNITUDE:g}")
     if previous is not None:
