@@ -140,9 +140,12 @@ def attempt(command: Sequence[str | Path], **environment: str) -> subprocess.Com
 def _cpu_objects() -> list[Path]:
     """The module's own, as launch/test has built them for this Python."""
     version = "".join(map(str, sys.version_info[:2]))
+    others = ("bandwidth", "dispatch", "thread_pool")
+    names = {f"{path.name}.o" for path in (CSRC / "cpu").glob("*.cpp") if path.stem not in others}
     found = ROOT.glob(f"build/cp{version}-*/CMakeFiles/kernels_portable.dir/cpu/*.o")
-    names = {f"{path.name}.o" for path in (CSRC / "cpu").glob("*.cpp")} - {"bandwidth.cpp.o"}
-    return sorted(path for path in found if path.name in names)
+    objects = sorted(path for path in found if path.name in names)
+    assert {path.name for path in objects} == names, "build/ lacks objects: run launch/test"
+    return objects
 
 
 def folder_of(kind: str) -> Path:
