@@ -123,7 +123,7 @@ class RoundServer(Server):
 
     def home(self, client: int) -> int:
         """See :meth:`Server.home`."""
-        return (client + 1) % self._peers.size
+        return (operator.index(client) + 1) % self._peers.size
 
     def _expecting(self, client: int) -> Round:
         """The running round, of whose cohort the client is, and this is its home."""

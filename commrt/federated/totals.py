@@ -115,12 +115,12 @@ class _Apart:
 
     Args:
         variances: (K,).
-        weights: (K,); clients that have none, or do not vary, are silent.
+        weights: (K,); clients that have none, or none to speak of, or do not vary, are silent.
     """
 
     def __init__(self, variances: Array, weights: Array) -> None:
         xp = array_namespace(variances)
-        self._speaks = (variances > 0) & (weights != 0)
+        self._speaks = variances * weights**2 > 0
         self._variances = xp.where(self._speaks, variances, 1.0)
         self._weights = xp.where(self._speaks, weights**2, 1.0)
         self._counts = xp.astype(self._speaks, xp.float64)

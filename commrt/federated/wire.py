@@ -66,6 +66,15 @@ def unseal(kind: Kind, round_index: int, frame: bytes, context: bytes) -> bytes:
     return frame[HEAD_BYTES:-CHECK_BYTES]
 
 
+def check_of(frame: bytes) -> int:
+    """What a sealed frame ends with, by which it is told from others.
+
+    A CRC-32 of the whole frame would not tell it: over a message and its own check it is the same
+    for all messages of that length.
+    """
+    return int.from_bytes(frame[-CHECK_BYTES:], "little")
+
+
 def varint(number: int) -> bytes:
     """LEB128: seven bits a byte, the lowest first."""
     encoded = bytearray()

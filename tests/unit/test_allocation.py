@@ -304,6 +304,12 @@ def test_the_bound_falls_with_every_distortion(xp) -> None:
         convergence_bound(xp.asarray([]), initial_gap=1.0, **settings)
 
 
+def test_a_weight_whose_square_is_none() -> None:
+    apart = FactorCovariance(np.zeros((2, 1)), np.ones(2))
+    found = allocate_total(apart, 3.0, np.array([1.0, 1e-200]), unbiased=True)
+    np.testing.assert_allclose(found.rates, [3.0, 0.0])
+
+
 @pytest.mark.parametrize("count", [1, 3, 40])
 @pytest.mark.parametrize("nmse", [1e-3, 0.3, 20.0])
 def test_independent_clients(count: int, nmse: float) -> None:

@@ -422,6 +422,19 @@ def test_states_are_saved_without_code(tmp_path: Path) -> None:
     cohort.round()
 
 
+def test_states_that_do_not_fit() -> None:
+    cohort = Cohort("mbtc:nmse=0.1", count=2)
+    cohort.round()
+    state = cohort.server.state_dict()
+    for wrong in (
+        {"tables": {each: {"counts": torch.zeros(3)} for each in (False, True)}},
+        {"cosets": {**state["cosets"], "records": [{"odd": 1.0}]}},
+    ):
+        with pytest.raises(StateError, match="not a state of"):
+            cohort.server.load_state_dict(state | wrong)
+    cohort.round()
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_history_that_is_not_finite(value: float) -> None:
     cohort = Cohort("mbtc:nmse=0.1", count=2)
@@ -467,6 +480,40 @@ def test_parts_that_only_light_clients_have() -> None:
     mean = total.mean()
     assert (mean[:3] - 1).abs().max() < 1e-6
     assert float(mean[3:].abs().max()) < 1e-8
+
+
+def send_and_encode_again(cohort: Cohort, factor: float) -> None:
+    """The first payloads arrive, of which the clients do not know."""
+    told = cohort.server.begin(cohort.index, range(cohort.count))
+    for index, update in enumerate(cohort.updates()):
+        client = cohort.clients[index]
+        payload = client.encode(cohort.index, update, told[index], cohort.previous)
+        client.encode(cohort.index, factor * update, told[index], cohort.previous)
+        cohort.server.receive(index, payload)
+
+
+def test_answers_are_of_the_payload_that_arrived() -> None:
+    once, again = (Cohort(f"mbtc:nmse=0.02,block={BLOCK}", rho=0.9) for _ in range(2))
+    for cohort in (once, again):
+        for _ in range(3):
+            cohort.round()
+        lacking(cohort)
+    once.send(once.updates())
+    send_and_encode_again(again, 1.0)
+    assert once.answer() == again.answer() > 0
+    assert torch.equal(once.finish().mean, again.finish().mean)
+
+
+def test_a_request_for_another_payload_is_refused() -> None:
+    cohort = Cohort(f"mbtc:nmse=0.02,block={BLOCK}", rho=0.9)
+    cohort.round()
+    lacking(cohort)
+    send_and_encode_again(cohort, 1.1)
+    requests = cohort.server.requests()
+    assert requests
+    for index, request in requests.items():
+        with pytest.raises(WireFormatError, match="of another client or state"):
+            cohort.clients[index].answer(request)
 
 
 def test_an_answer_is_that_of_its_request() -> None:

@@ -83,6 +83,36 @@ def test_a_round_encoded_again_replaces_what_was_encoded(spec: str) -> None:
         assert torch.equal(once.end(payloads).mean, again.end(payloads).mean)
 
 
+def test_an_update_encoded_again_is_the_same_payload(uplink: Uplink) -> None:
+    training = Training(uplink)
+    for index in range(3):
+        updates = training.updates()
+        told = training.server.begin(index, CLIENTS)
+        first, second = (
+            {
+                client: training.clients[client].encode(
+                    index, update, told[client], training.previous
+                )
+                for client, update in updates.items()
+            }
+            for _ in range(2)
+        )
+        assert first == second
+        training.end(first)
+
+
+def test_who_comes_before_one_that_is_refused_is_taken(uplink: Uplink) -> None:
+    training = Training(uplink)
+    payloads = training.payloads(training.updates())
+    training.server.receive(3, payloads[3])
+    again = {client: payloads[client] for client in (7, 3, 11)}
+    with pytest.raises(WireFormatError, match="has sent its update of this round before"):
+        training.server.receive_all(again)
+    with pytest.raises(ConfigError, match="client 5 is not in the cohort"):
+        training.server.receive_all({11: payloads[11], 5: payloads[7]})
+    assert training.server.finish().clients == (3, 7, 11)
+
+
 def test_a_retry_loses_nothing_and_sends_nothing_twice() -> None:
     """What arrived and what the residual holds are the update, whichever payload it was."""
     training = Training(parse_uplink("topk:share=0.1,values=fp32"), clients=[3])

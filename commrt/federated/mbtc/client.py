@@ -28,6 +28,8 @@ class MbtcClient(Client):
     def __init__(self, codec: "Mbtc", layout: Layout, client: int, seed: int) -> None:
         self.codec, self.layout, self._client, self._seed = codec, layout, client, seed
         self._history: History | None = None
+        # As it was before the round encoded last, in case that is encoded again.
+        self._before: History | None = None
         self._sent: Sent | None = None
 
     def encode(
@@ -59,7 +61,7 @@ class MbtcClient(Client):
         told = Parameters.unpack(body, len(self.layout.groups), self.codec.block)
         if not told.has_previous:
             previous, digest = None, 0
-        own = self._history
+        own = self._before if self._has_sent(round_index) else self._history
         if own is not None and told.history != own.tag:
             own = None
         return Draft(
@@ -72,9 +74,14 @@ class MbtcClient(Client):
 
     def remember(self, sent: Sent, history: History | None) -> None:
         """What was encoded, and what is kept of it if anything is."""
+        if not self._has_sent(sent.round_index):
+            self._before = self._history
         self._sent = sent
         if history is not None:
             self._history = history
+
+    def _has_sent(self, round_index: int) -> bool:
+        return self._sent is not None and self._sent.round_index == round_index
 
     def context(self, round_index: int, *known: int) -> bytes:
         """Of its frames."""
@@ -92,7 +99,7 @@ class MbtcClient(Client):
         if self._sent is None:
             raise ConfigError("a request before the first update: nothing was sent")
         sent, index = self._sent, self._sent.round_index
-        body = unseal(Kind.REQUEST, index, request, self.context(index))
+        body = unseal(Kind.REQUEST, index, request, self.context(index, sent.check))
         answers = []
         for wanted in read_request(body, self.layout, sent.parameters.planes, self.codec.block):
             begin = self.layout.groups[wanted.group].begin + wanted.block * self.codec.block
@@ -116,3 +123,4 @@ class MbtcClient(Client):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """See :meth:`Client.load_state_dict`."""
         self._history = History.of(state, self.layout) if state else None
+        self._before = self._sent = None

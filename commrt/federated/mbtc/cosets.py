@@ -60,6 +60,8 @@ class Record:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from :meth:`state_dict`."""
+        if state.keys() != vars(self).keys():
+            raise ValueError(f"a record has {sorted(state)}: must have {sorted(vars(self))}")
         vars(self).update(state)
 
     def learn(self, failed: float, gain: float, least_gain: float) -> None:

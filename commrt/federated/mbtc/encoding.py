@@ -16,7 +16,7 @@ from commrt.federated.mbtc import coding, planes, side
 from commrt.federated.mbtc.coding import Coding, Codings
 from commrt.federated.mbtc.parameters import LEAST_STEP, MOST_STEP, NUM_CLASSES, Parameters
 from commrt.federated.mbtc.side import History, Sources
-from commrt.federated.wire import Kind, seal
+from commrt.federated.wire import Kind, check_of, seal
 from commrt.ops.dither import SECOND_MOMENT
 
 if TYPE_CHECKING:
@@ -49,12 +49,21 @@ class Draft(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What may be asked for once more."""
+    """What may be asked for once more.
+
+    Attributes:
+        round_index: In which it was sent.
+        parameters: That the client was told.
+        codes: int16 (N,).
+        rows: Of the tables of each.
+        check: Of the payload, by which a request names it.
+    """
 
     round_index: int
     parameters: Parameters
     codes: Tensor
     rows: Tensor
+    check: int
 
 
 def encode_all(
@@ -174,8 +183,9 @@ class _Encoding:
                 )
             )
             context = draft.client.context(self._round_index, *draft.digests)
-            self._payloads[place] = seal(Kind.UPDATE, self._round_index, body, context)
-            sent = Sent(self._round_index, draft.told, codes[k], how.rows[k])
+            payload = seal(Kind.UPDATE, self._round_index, body, context)
+            self._payloads[place] = payload
+            sent = Sent(self._round_index, draft.told, codes[k], how.rows[k], check_of(payload))
             draft.client.remember(sent, histories[k] if histories else None)
 
     def _some(self, which: list[int]) -> Tensor:

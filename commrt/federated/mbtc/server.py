@@ -31,7 +31,7 @@ from commrt.federated.mbtc.tables import Tables
 from commrt.federated.mean import ExactMean
 from commrt.federated.peers import ALONE, Peers
 from commrt.federated.uplink import Aggregate
-from commrt.federated.wire import Kind, seal, unseal
+from commrt.federated.wire import Kind, check_of, seal, unseal
 
 if TYPE_CHECKING:
     from commrt.federated.mbtc.spec import Mbtc
@@ -122,18 +122,25 @@ class MbtcServer(RoundServer):
         """See :meth:`Server.receive_all`."""
         running = self._running()
         updates = list[tuple[int, bytes]]()
-        for client, payload in payloads.items():
-            place = self._expecting(client).place(client)
-            running.came(client, payload, is_answer=client in self._payloads)
-            if client in self._asked:
-                self._take_answer(running, client, self._received[place], payload)
-                self._taken[client] += len(payload)
-            elif client in self._payloads:
-                raise WireFormatError(f"client {client} has sent its update of this round before")
-            else:
-                updates.append((client, payload))
-        for some in coding.batches(updates, self._layout.numel, _uses_previous):
-            self._take_updates(running, some)
+        try:
+            for client, payload in payloads.items():
+                if self._is_update(client, payload):
+                    updates.append((client, payload))
+        finally:  # also those before one that is refused
+            for some in coding.batches(updates, self._layout.numel, _uses_previous):
+                self._take_updates(running, some)
+
+    def _is_update(self, client: int, payload: bytes) -> bool:
+        """Count what came; if it is an answer, take it."""
+        running = self._expecting(client)
+        running.came(client, payload, is_answer=client in self._payloads)
+        if client not in self._payloads:
+            return True
+        if client not in self._asked:
+            raise WireFormatError(f"client {client} has sent its update of this round before")
+        self._take_answer(running, client, self._received[running.place(client)], payload)
+        self._taken[client] += len(payload)
+        return False
 
     def _take_updates(self, running: Round, some: Sequence[tuple[int, bytes]]) -> None:
         """Of one batch; if one is damaged, those before it."""
@@ -165,7 +172,7 @@ class MbtcServer(RoundServer):
             if wanted:
                 body = write_request(wanted, self._told[client].planes)
                 self._asked[client] = _Asked(wanted, zlib.crc32(body))
-                context = self._context(running, client)
+                context = self._context(running, client, check_of(self._payloads[client]))
                 frames[client] = seal(Kind.REQUEST, running.index, body, context)
         return running.sent(self._joint.all_frames(frames))
 

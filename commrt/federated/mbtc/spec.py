@@ -31,6 +31,7 @@ class Mbtc(Uplink):
         bits: Or the uplink bits a weight and client to spend, everything counted, on average over
             the clients. One of the two.
         memory: Whether a client, and the server for it, keeps its last update, 2 bytes a weight.
+            A client that is not restarted has the one before as well, in case it encodes again.
         lattice: Of the quantizer: ``"z"``, the integers, or ``"e8"``, which takes 0.1 bits less at
             a bit and more, not with joint decoding.
         joint: ``"auto"``, joint decoding of a group where it is worth ``least_gain``: of bit planes

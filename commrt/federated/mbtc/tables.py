@@ -70,9 +70,18 @@ class Tables:
         return {} if self._counts is None else {"counts": self._counts.clone()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state_dict`."""
+        """Go on from :meth:`state_dict`.
+
+        Raises:
+            ValueError: It is not one of such tables.
+        """
         counts = state.get("counts")
-        self._counts, self._rows = None if counts is None else counts.clone(), None
+        if counts is not None:
+            shape = (len(self._ends), NUM_CLASSES, NUM_PHASES, SYMBOLS)
+            if counts.shape != shape or not bool(counts.isfinite().all()):
+                raise ValueError(f"counts {tuple(counts.shape)}: must be finite {shape}")
+            counts = counts.float().clone()
+        self._counts, self._rows = counts, None
 
 
 def _sparse(counts: Tensor) -> bytes:
