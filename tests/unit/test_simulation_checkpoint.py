@@ -46,6 +46,7 @@ def save_failing(run: Run, folder: Path, operation: int, fail: Callable[[], None
     child = os.fork()
     if child:
         return os.waitpid(child, 0)[1] != 0
+    torch.set_num_threads(1)  # a fork has none of the others, and would wait for them
     counted = itertools.count()
 
     def operate() -> None:
