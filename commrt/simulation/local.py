@@ -90,8 +90,8 @@ class LocalTraining:
 
     A client's update is a function of the weights, its examples, seed, round and its number: the
     same to the bit whatever other clients are trained, in whichever order and on however many
-    ranks. That is so for the same kind of processor, torch and number of threads; another
-    ``vectorise``, and under vmap another ``chunk``, may round differently.
+    ranks. That is so on one thread, for the same kind of processor and torch; several threads,
+    another ``vectorise``, and under vmap another ``chunk``, may round differently.
 
     The flat vector holds the parameters that need a gradient, and those floating-point buffers that
     are in the state dict: running means of BatchNorm are trained and averaged along. Parameters
