@@ -120,9 +120,10 @@ class _Apart:
 
     def __init__(self, variances: Array, weights: Array) -> None:
         xp = array_namespace(variances)
-        self._speaks = variances * weights**2 > 0
+        squares = weights**2
+        self._speaks = variances * squares > 0
         self._variances = xp.where(self._speaks, variances, 1.0)
-        self._weights = xp.where(self._speaks, weights**2, 1.0)
+        self._weights = xp.where(self._speaks, squares, 1.0)
         self._counts = xp.astype(self._speaks, xp.float64)
 
     def of_rate(self, nats: float) -> Array:

@@ -413,13 +413,13 @@ def test_a_server_goes_on_after_what_went_wrong() -> None:
 
 
 def test_states_are_saved_without_code(tmp_path: Path) -> None:
-    cohort = Cohort("mbtc:nmse=0.1", count=2)
-    cohort.round()
+    cohort, other = Cohort("mbtc:nmse=0.1", count=2), Cohort("mbtc:nmse=0.1", count=2)
+    cohort.round(), other.round()
     torch.save(cohort.server.state_dict(), tmp_path / "server")
     torch.save(cohort.clients[0].state_dict(), tmp_path / "client")
     cohort.server.load_state_dict(torch.load(tmp_path / "server", weights_only=True))
     cohort.clients[0].load_state_dict(torch.load(tmp_path / "client", weights_only=True))
-    cohort.round()
+    assert torch.equal(cohort.round().mean, other.round().mean)
 
 
 def test_states_that_do_not_fit() -> None:
@@ -447,11 +447,11 @@ def test_a_history_that_is_not_finite(value: float) -> None:
 
 
 def test_what_others_do_with_the_mean() -> None:
-    cohort = Cohort("mbtc:nmse=0.1", count=2)
-    mean = cohort.round().mean
+    cohort, other = Cohort("mbtc:nmse=0.1", count=2), Cohort("mbtc:nmse=0.1", count=2)
+    mean, _ = cohort.round().mean, other.round()
     cohort.previous = mean.clone()
     mean.mul_(0.1)
-    cohort.round()
+    assert torch.equal(cohort.round().mean, other.round().mean)
 
 
 def test_an_update_that_is_coded_twice() -> None:

@@ -88,17 +88,9 @@ def test_an_update_encoded_again_is_the_same_payload(uplink: Uplink) -> None:
     for index in range(3):
         updates = training.updates()
         told = training.server.begin(index, CLIENTS)
-        first, second = (
-            {
-                client: training.clients[client].encode(
-                    index, update, told[client], training.previous
-                )
-                for client, update in updates.items()
-            }
-            for _ in range(2)
-        )
-        assert first == second
-        training.end(first)
+        payloads = training.encoded(updates, told)
+        assert training.encoded(updates, told) == payloads
+        training.end(payloads)
 
 
 def test_who_comes_before_one_that_is_refused_is_taken(uplink: Uplink) -> None:

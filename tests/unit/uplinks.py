@@ -43,7 +43,9 @@ class Training:
         }
 
     def payloads(self, updates: dict[int, Tensor]) -> dict[int, bytes]:
-        told = self.server.begin(self.index, tuple(self.clients))
+        return self.encoded(updates, self.server.begin(self.index, tuple(self.clients)))
+
+    def encoded(self, updates: dict[int, Tensor], told: dict[int, bytes]) -> dict[int, bytes]:
         return {
             client: self.clients[client].encode(self.index, update, told[client], self.previous)
             for client, update in updates.items()

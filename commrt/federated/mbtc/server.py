@@ -131,7 +131,7 @@ class MbtcServer(RoundServer):
                 self._take_updates(running, some)
 
     def _is_update(self, client: int, payload: bytes) -> bool:
-        """Count what came; if it is an answer, take it."""
+        """Count what came, and take it if it is an answer; whether it is an update instead."""
         running = self._expecting(client)
         running.came(client, payload, is_answer=client in self._payloads)
         if client not in self._payloads:
